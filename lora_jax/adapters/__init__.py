@@ -1,0 +1,1 @@
+"""What kind of update a weight gets: one file for each method."""

@@ -1,0 +1,318 @@
+"""`lora-jax finetune`: a base model, a task, an adapter, and the run that brings them together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from lora_jax.commands.display import printable, progress_bar, summary_table
+from lora_jax.commands.errors import reading_input
+from lora_jax.config import LoraConfig
+from lora_jax.initialization import init
+from lora_jax.interop.pretrained import Pretrained, load_pretrained
+from lora_jax.models import decoder
+from lora_jax.models.generation import generate_batch
+from lora_jax.summaries import summary
+from lora_jax.training import loop, plots
+from lora_jax.training.batching import training_batches
+from lora_jax.training.evaluation import Evaluation, make_evaluate
+from lora_jax.training.folder import CURVES, METRICS, RESULTS, FolderError, RunFolder
+from lora_jax.training.objective import next_token_loss
+from lora_jax.training.options import FinetuneOptions
+from lora_jax.training.step import TrainState, init_state, make_step
+from lora_jax.training.tasks import Sample, Task, file_task, tweets_task
+from lora_jax.transform.lift import lift
+from lora_jax.tree import Update, combine
+
+# What takes about 5 minutes in all on two cores.
+TWEETS_STEPS = 240
+ANSWER_TOKENS = 24
+
+
+def finetune(options: FinetuneOptions, console: Console) -> None:
+    """Runs `lora-jax finetune`.
+
+    Raises:
+        InputError, DataError, AssetError, FolderError: the options, the model, the data or the
+            output folder cannot be used.
+        DiskFull: there is no room for the results.
+        NonFiniteLoss, Interrupted: as in `training.loop.run`.
+    """
+    started = time.perf_counter()
+    with reading_input():
+        options.check()
+        folder = RunFolder(options.folder())
+        if options.resume:
+            folder.about()
+        else:
+            folder.check_new(overwrite=options.overwrite)
+        model = _load(options, console)
+        task = _task(options, model, console)
+        run = _Run.prepare(options, model, task, folder)
+    console.print(summary_table(summary(model.params, run.state.adapter)))
+    state, place = run.state, None
+    if options.resume:
+        state, place = _restore(folder, run)
+        console.print(f"Going on after step {int(state.step)} of {run.steps}.")
+    else:
+        folder.begin(_about(options, model, task, run.steps))
+    try:
+        state = _train(run, state, place, console)
+    except loop.NonFiniteLoss as error:
+        raise loop.NonFiniteLoss(
+            f"{error} The last good adapter, after step {error.step - 1}, is in {folder.adapter}. "
+            "Look at these examples, or go on with a lower learning rate: "
+            f"lora-jax finetune --resume --output {folder.path} --learning-rate ...",
+            step=error.step,
+        ) from error
+    _report(run, state, console, seconds=time.perf_counter() - started)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Run:
+    """Everything that one run needs, before its first step."""
+
+    options: FinetuneOptions
+    model: Pretrained
+    task: Task
+    folder: RunFolder
+    config: LoraConfig
+    start: dict[str, Update]
+    state: TrainState
+    steps: int
+    apply: Callable[..., Any]
+    evaluate: Callable[[Any, Any], Evaluation]
+
+    @classmethod
+    def prepare(
+        cls, options: FinetuneOptions, model: Pretrained, task: Task, folder: RunFolder
+    ) -> _Run:
+        """Makes the adapter and the optimizer's state; compiles nothing."""
+        config = options.lora.config(tied_head=model.config.tied_head)
+        base = functools.partial(decoder.apply, model.config)
+        apply = lift(base)
+        steps = _steps(options, task)
+        start, dropout = jax.random.split(jax.random.key(options.seed))
+        adapter = init(start, config, base, model.params, np.zeros((1, 2), np.int32))
+        state = init_state(adapter, options.optimizer.optimizer(steps), dropout)
+        evaluate = make_evaluate(
+            apply,
+            task.held_out,
+            row_length=options.data.row_length,
+            rows=options.data.rows,
+            choices=task.choices,
+        )
+        return cls(options, model, task, folder, config, adapter, state, steps, apply, evaluate)
+
+    def answers(self, adapter: Any) -> list[str]:
+        """What the model says to the samples."""
+        longest = max(len(sample.prompt) for sample in self.task.samples)
+        ids = generate_batch(
+            self.apply,
+            combine(self.model.params, adapter),
+            [sample.prompt for sample in self.task.samples],
+            config=self.model.config,
+            max_new_tokens=min(ANSWER_TOKENS, self.model.config.max_length - longest),
+            eos_ids=self.model.tokenizer.eos_ids,
+        )
+        return [self.model.tokenizer.decode(answer).strip() for answer in ids]
+
+
+def _load(options: FinetuneOptions, console: Console) -> Pretrained:
+    console.print(f"Model: {escape(options.model.model)}")
+    model = load_pretrained(
+        options.model.model,
+        dtype=options.model.dtype,
+        scan_layers=not options.model.unroll,
+        remat=options.model.remat,
+    )
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    config = model.config
+    console.print(
+        f"  {count:,} parameters in {config.num_layers} layers of {config.hidden_size}, "
+        f"{config.vocab_size:,} tokens in the vocabulary, {config.dtype}"
+    )
+    if options.data.row_length > config.max_length:
+        raise ValueError(
+            f"row_length: expected at most the model's {config.max_length}, got "
+            f"{options.data.row_length}."
+        )
+    return model
+
+
+def _task(options: FinetuneOptions, model: Pretrained, console: Console) -> Task:
+    data = options.data
+    common = {"held_out": data.held_out, "seed": options.seed, "row_length": data.row_length}
+    if data.data is None:
+        steps = TWEETS_STEPS if options.steps is None else options.steps
+        tokens = steps * data.rows * options.optimizer.accumulate * data.row_length
+        task = tweets_task(model.tokenizer, tokens_wanted=tokens, **common)
+    else:
+        task = file_task(data.data, model.tokenizer, **common)
+    console.print("Data: " + escape("\n  ".join(task.notes)))
+    return task
+
+
+def _steps(options: FinetuneOptions, task: Task) -> int:
+    if options.steps is not None:
+        return options.steps
+    if options.data.data is None:
+        return TWEETS_STEPS
+    return sum(1 for _ in _batches(options, task, epochs=options.epochs))
+
+
+def _batches(options: FinetuneOptions, task: Task, epochs: int | None = None) -> Any:
+    return training_batches(
+        task.train,
+        row_length=options.data.row_length,
+        rows=options.data.rows * options.optimizer.accumulate,
+        seed=options.seed,
+        epochs=epochs,
+    )
+
+
+def _about(options: FinetuneOptions, model: Pretrained, task: Task, steps: int) -> dict[str, Any]:
+    """What `run.json` says: enough to go on, and to prompt the model as it was trained."""
+    return {
+        "options": options.to_dict(),
+        "model": model.name if not Path(model.name).exists() else str(Path(model.name).absolute()),
+        "steps": steps,
+        "prompt": dataclasses.asdict(task.form),
+        "data": list(task.notes),
+    }
+
+
+def _restore(folder: RunFolder, run: _Run) -> tuple[TrainState, dict[str, Any]]:
+    state, place = folder.restore(run.state)
+    if place.get("examples") != run.task.digest():
+        raise FolderError(
+            f"{folder.path}: the run was made with other examples than these: the data, its split "
+            "or its tokens changed. Give the same --data, --held-out and --seed, or start anew "
+            "(--overwrite)."
+        )
+    if int(state.step) > run.steps:
+        raise FolderError(
+            f"{folder.path}: the run is at step {int(state.step)}, beyond --steps {run.steps}."
+        )
+    folder.forget_after(int(state.step))
+    return state, place["batches"]
+
+
+class _Events:
+    """Writes what happens to the run's folder, and shows it."""
+
+    def __init__(self, run: _Run, console: Console, progress: Any, bar: Any, digest: str):
+        self._run, self._console, self._digest = run, console, digest
+        self._progress, self._bar, self._speed = progress, bar, 0.0
+
+    def stepped(self, entry: dict[str, Any]) -> None:
+        self._run.folder.log(entry)
+        now = entry["tokens"] / max(entry["seconds"], 1e-9)
+        self._speed = now if not self._speed else 0.9 * self._speed + 0.1 * now
+        self._progress.update(self._bar, advance=1, loss=entry["loss"], speed=self._speed)
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        self._run.folder.log({"kind": "evaluation", "step": step, **dataclasses.asdict(evaluation)})
+        of = "answers" if self._run.task.choices is not None else "tokens"
+        self._console.print(
+            f"Held out, after step {step}: {evaluation.accuracy:.1%} of the {of} right, loss "
+            f"{evaluation.loss:.3f} ({evaluation.examples} examples)."
+        )
+
+    def save(self, state: TrainState, place: dict[str, Any]) -> None:
+        self._run.folder.save(
+            state,
+            self._run.config,
+            self._run.model.params,
+            place={"batches": place, "examples": self._digest},
+        )
+
+
+def _train(
+    run: _Run, state: TrainState, place: dict[str, Any] | None, console: Console
+) -> TrainState:
+    options, optimizer = run.options, run.options.optimizer
+    batches = _batches(options, run.task)
+    if place is not None:
+        batches.set_state(place)
+    done = int(state.step)
+    between = options.evaluations + 1
+    evaluate_at = frozenset(round(run.steps * i / between) for i in range(1, between + 1))
+    with progress_bar(console) as progress:
+        bar = progress.add_task("", total=run.steps, completed=done, loss=np.nan, speed=0.0)
+        events = _Events(run, console, progress, bar, run.task.digest())
+        if not any(entry["kind"] == "evaluation" for entry in run.folder.metrics()):
+            progress.stop()
+            events.evaluated(0, run.evaluate(state.adapter, run.model.params))
+            progress.start()
+        learning_rates = optimizer.learning_rates(run.steps)
+        return loop.run(
+            state,
+            run.model.params,
+            step=make_step(
+                next_token_loss(run.apply, dropout=options.lora.dropout > 0),
+                optimizer.optimizer(run.steps),
+                accumulate=optimizer.accumulate,
+                max_grad_norm=optimizer.clip or None,
+            ),
+            batches=batches,
+            steps=run.steps,
+            learning_rate=learning_rates,
+            evaluate=run.evaluate,
+            evaluate_at=evaluate_at,
+            events=events,
+            where=lambda index: run.task.train[index].where,
+        )
+
+
+def _report(run: _Run, state: TrainState, console: Console, *, seconds: float) -> None:
+    """Shows and writes accuracy, loss and answers before and after."""
+    entries = run.folder.metrics()
+    evaluations = [entry for entry in entries if entry["kind"] == "evaluation"]
+    before, after = evaluations[0], evaluations[-1]
+    # The start is the base: B is zero.
+    said = [run.answers(adapter) for adapter in (run.start, state.adapter)]
+    of = "answers" if run.task.choices is not None else "tokens"
+    console.print(
+        f"\n[bold]Held-out {of} right: {before['accuracy']:.1%} before, "
+        f"{after['accuracy']:.1%} after; loss {before['loss']:.3f} before, {after['loss']:.3f} "
+        f"after ({after['examples']} examples)[/bold]\n"
+    )
+    for sample, was, now in zip(run.task.samples, *said, strict=True):
+        _show(sample, was, now, console)
+    samples = [
+        {"prompt": sample.shown, "wanted": sample.wanted, "before": was, "after": now}
+        for sample, was, now in zip(run.task.samples, *said, strict=True)
+    ]
+    results = {
+        "before": before,
+        "after": after,
+        "steps": run.steps,
+        "seconds": round(seconds, 1),
+        "samples": samples,
+    }
+    run.folder.write(RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    figure = plots.curves(entries, title=f"{run.model.name}, {run.steps} steps", accuracy_of=of)
+    plots.save(figure, [run.folder.path / name for name in CURVES])
+    path = run.folder.path
+    console.print(
+        f"{seconds:.0f} seconds in all. In {escape(str(path))}: adapter/, {METRICS}, {RESULTS}, "
+        f"{', '.join(CURVES)}\n"
+        f"Try it: lora-jax generate --adapter {escape(str(path))} --prompt '...'"
+    )
+
+
+def _show(sample: Sample, was: str, now: str, console: Console) -> None:
+    console.print(f"[bold]{escape(printable(sample.shown))}[/bold]")
+    for label, text in (("wanted", sample.wanted), ("before", was), ("after", now)):
+        console.print(f"  {label}: {escape(printable(text))}")

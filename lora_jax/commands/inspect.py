@@ -1,0 +1,73 @@
+"""`lora-jax inspect`: what an adapter is, without loading its base."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.markup import escape
+
+from lora_jax.adapters.lora import Axes, Lora
+from lora_jax.adapters.whole import Whole
+from lora_jax.commands import trained
+from lora_jax.commands.display import summary_table
+from lora_jax.commands.errors import reading_input
+from lora_jax.summaries import summary
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectOptions:
+    """Show an adapter's settings, its base, and what it trains.
+
+    Attributes:
+        adapter: Folder of a run, or of an adapter.
+    """
+
+    adapter: Path
+
+
+def inspect(options: InspectOptions, console: Console) -> None:
+    """Runs `lora-jax inspect`.
+
+    Raises:
+        InputError, CheckpointError: there is no adapter, or it is damaged.
+    """
+    with reading_input():
+        found = trained.find(options.adapter)
+    base = found.about["base"]
+    layout = "stacked" if found.scanned else "separate"
+    console.print(f"Adapter: {escape(str(found.path))}")
+    console.print(
+        f"Base: {escape(found.run.get('model', 'not named'))}, {found.dtype}, {layout} layers, "
+        f"fingerprint {base['sha256'][:16]}"
+    )
+    if "prompt" in found.run:
+        console.print(f"Prompts: {escape(json.dumps(found.run['prompt'], ensure_ascii=False))}")
+    console.print("Config:")
+    for name, value in found.about["config"].items():
+        console.print(f"  {name}: {escape(json.dumps(value))}")
+    adapter = {path: _abstract(saved) for path, saved in found.about["updates"].items()}
+    params = {path: _array(kind) for path, kind in base["leaves"].items()}
+    console.print(summary_table(summary(params, adapter)))
+
+
+def _abstract(saved: dict[str, Any]) -> Any:
+    """An update with shapes in place of arrays."""
+    leaves: dict[str, Any] = {
+        name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"])
+        for name, leaf in saved["leaves"].items()
+    }
+    if saved["kind"] == "whole":
+        return Whole(**leaves)
+    axes = Axes(**{group: tuple(places) for group, places in saved["axes"].items()})
+    return Lora(**leaves, axes=axes, scale=saved["scale"], dropout_rate=saved["dropout_rate"])
+
+
+def _array(kind: str) -> jax.ShapeDtypeStruct:
+    """The shape that a fingerprint has written down, such as `float32[4, 8]`."""
+    dtype, shape = kind.rstrip("]").split("[")
+    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, shape.split(", ")))), dtype)

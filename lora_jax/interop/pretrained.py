@@ -1,0 +1,107 @@
+"""One way to load a model, whatever it comes as."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+from lora_jax.interop import assets
+from lora_jax.interop.gguf import read_gguf
+from lora_jax.interop.huggingface import read_pretrained
+from lora_jax.interop.tokenizer import Tokenizer, read_tokenizer
+from lora_jax.models.config import DecoderConfig
+from lora_jax.models.decoder import Params
+
+SMOLLM2 = "smollm2-135m-instruct"
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model ready for use.
+
+    Attributes:
+        config: Of the decoder.
+        params: Its parameters, as of `models.decoder.init_params`.
+        tokenizer: Its tokenizer.
+        name: What it was asked for by.
+    """
+
+    config: DecoderConfig
+    params: Params
+    tokenizer: Tokenizer
+    name: str
+
+
+def load_pretrained(
+    source: str | Path,
+    *,
+    dtype: str = "float32",
+    scan_layers: bool = False,
+    remat: bool = False,
+) -> Pretrained:
+    """Loads a model's config, weights and tokenizer.
+
+    Args:
+        source: A folder in Hugging Face's layout, a `.gguf` file, the built-in name
+            `smollm2-135m-instruct` (fetched once, 90 MB), or a hub id such as
+            `HuggingFaceTB/SmolLM2-135M-Instruct`. What exists on disk comes first.
+        dtype: Of the parameters: float32, bfloat16 or float16.
+        scan_layers: Whether to stack the layers' parameters and scan over them.
+        remat: Whether to recompute activations in the backward pass.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: If the source is none of these, or a file is missing.
+        ConnectionError: If the hub cannot be reached, or does not have the model.
+        ValueError: If the model is not covered, or a file is damaged.
+    """
+    name = str(source)
+    path = Path(source)
+    if not path.exists() and name == SMOLLM2:
+        path = assets.smollm2()
+    elif not path.exists() and path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        path = _from_hub(name)
+    if path.is_dir():
+        tokenizer = read_tokenizer(path)
+        config, params = read_pretrained(path, dtype=dtype, scan_layers=scan_layers, remat=remat)
+    elif path.is_file() and path.suffix == ".gguf":
+        config, params, tokenizer = read_gguf(
+            path, dtype=dtype, scan_layers=scan_layers, remat=remat
+        )
+    elif path.is_file():
+        raise ValueError(
+            f"{path}: expected a .gguf file or a folder with config.json and safetensors, got a "
+            "file of another kind. Pass the folder that it lies in."
+        )
+    else:
+        raise FileNotFoundError(
+            f"{name}: no such file or folder. Expected a folder in Hugging Face's layout, a "
+            f".gguf file, a hub id such as org/name, or {SMOLLM2!r}."
+        )
+    return Pretrained(config=config, params=params, tokenizer=tokenizer, name=name)
+
+
+def _from_hub(name: str) -> Path:
+    # Slow to import, and only needed here.
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # the hub's client raises many kinds, by the transport
+        raise ConnectionError(
+            f"{name}: no such folder here, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            "Check the name and the network, or pass a folder or a .gguf file."
+        ) from error

@@ -1,0 +1,1 @@
+"""The decoder that the command line fine-tunes, and how it generates text."""

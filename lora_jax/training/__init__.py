@@ -1,0 +1,1 @@
+"""Data, one training step, and the loop around it."""

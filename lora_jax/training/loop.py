@@ -1,0 +1,215 @@
+"""The loop around the step: evaluates, logs, saves, and stops in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lora_jax.training.batching import Batch
+from lora_jax.training.evaluation import Evaluation
+from lora_jax.training.step import Metrics, TrainState
+
+Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+
+
+class NonFiniteLoss(ArithmeticError):
+    """Loss or gradient stopped being a finite number.
+
+    Attributes:
+        step: which step it was, counted from 1; its update was not made.
+    """
+
+    def __init__(self, message: str, *, step: int):
+        super().__init__(message)
+        self.step = step
+
+
+class Interrupted(Exception):
+    """Ctrl-C; what there was is saved.
+
+    Attributes:
+        step: how many updates were made.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(f"interrupted after step {step}")
+        self.step = step
+
+
+class Batches(Protocol):
+    """An iterator over batches that can say where it is."""
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """Where it is, as JSON values."""
+        ...
+
+
+class Events(Protocol):
+    """What the loop tells, and to whom is the caller's choice."""
+
+    def stepped(self, entry: dict[str, Any]) -> None:
+        """After each step: its number, loss, learning rate, gradient norm, tokens and seconds."""
+        ...
+
+    def evaluated(self, step: int, evaluation: Evaluation) -> None:
+        """After each evaluation."""
+        ...
+
+    def save(self, state: TrainState, place: dict[str, Any]) -> None:
+        """Where the state should be saved; `place` is that of the batches."""
+        ...
+
+
+class _Pending(NamedTuple):
+    """A step that was dispatched and not yet looked at."""
+
+    step: int
+    metrics: Metrics
+    batch: Batch
+    place: dict[str, Any]
+
+
+def run(
+    state: TrainState,
+    params: Any,
+    *,
+    step: Step,
+    batches: Batches,
+    steps: int,
+    learning_rate: Callable[[int], Any],
+    evaluate: Callable[[Any, Any], Evaluation],
+    evaluate_at: frozenset[int],
+    events: Events,
+    where: Callable[[int], str],
+) -> TrainState:
+    """Trains until `steps` updates are made.
+
+    The numbers of a step are fetched while the device works on the next, which was dispatched
+    before. After Ctrl-C the steps under way are finished and saved.
+
+    Args:
+        state: where to start; its buffers are donated. `state.step` says how many updates are done.
+        params: the frozen parameters, never donated.
+        step: from `make_step`, not compiled.
+        batches: the data, at the place that belongs to `state`.
+        steps: number of updates in the whole run.
+        learning_rate: of each update, for the log.
+        evaluate: `(adapter, params) -> Evaluation`.
+        evaluate_at: numbers of updates after which to evaluate and save. Those up to `state.step`
+            are passed over.
+        events: told of each step and evaluation, and asked to save.
+        where: the place of a training example by its index, for the error about a bad batch.
+
+    Returns:
+        The state after the last update, saved.
+
+    Raises:
+        NonFiniteLoss: a loss or gradient was not finite. The last good state has been saved.
+        Interrupted: Ctrl-C. The state has been saved.
+        ValueError: the batches end too early.
+    """
+
+    # Once a step fails, the one dispatched behind it must not change the state either.
+    @functools.partial(jax.jit, donate_argnums=0)
+    def guarded(
+        state: TrainState, alive: jax.Array, params: Any, batch: Batch
+    ) -> tuple[TrainState, jax.Array, Metrics]:
+        new, metrics = step(state, params, batch)
+        alive = alive & metrics.finite
+        return jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, state), alive, metrics
+
+    def finish(pending: _Pending | None) -> None:
+        """Waits for a step and reports it."""
+        nonlocal last
+        if pending is None:
+            return
+        metrics = jax.device_get(pending.metrics)
+        now = time.perf_counter()
+        entry = {
+            "kind": "train",
+            "step": pending.step,
+            "loss": float(metrics.loss),
+            "learning_rate": float(rates[pending.step - 1 - first]),
+            "grad_norm": float(metrics.grad_norm),
+            "tokens": int((pending.batch.segment_ids > 0).sum()),
+            "learned_tokens": int((pending.batch.select_weights != 0).sum()),
+            "seconds": round(now - last, 4),
+        }
+        last = now
+        events.stepped(entry)
+        if not metrics.finite:
+            events.save(state, pending.place)
+            raise NonFiniteLoss(_describe(entry, pending.batch, where), step=pending.step)
+
+    first = int(state.step)
+    rates = np.asarray([learning_rate(number) for number in range(first, steps)])
+    alive = jnp.ones((), bool)
+    pending: _Pending | None = None
+    place = batches.get_state()
+    with interruptible() as interrupted:
+        last = time.perf_counter()
+        for number in range(first + 1, steps + 1):
+            try:
+                batch = next(batches)
+            except StopIteration:
+                raise ValueError(
+                    f"The data ended after {number - 1} steps; expected enough for {steps}."
+                ) from None
+            state, alive, metrics = guarded(state, alive, params, batch)
+            finish(pending)
+            pending = _Pending(number, metrics, batch, place)
+            place = batches.get_state()
+            stop = number == steps or number in evaluate_at or interrupted.is_set()
+            if stop:
+                finish(pending)
+                pending = None
+                events.save(state, place)
+            if interrupted.is_set():
+                raise Interrupted(number)
+            if number in evaluate_at:
+                events.evaluated(number, evaluate(state.adapter, params))
+                last = time.perf_counter()
+    return state
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into an event; a second one is a KeyboardInterrupt as always."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # Only the main thread may set handlers, and only it gets the signal.
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _describe(entry: dict[str, Any], batch: Batch, where: Callable[[int], str]) -> str:
+    used = [int(index) for index in np.unique(batch.select_examples) if index >= 0]
+    named = ", ".join(where(index) for index in used[:8])
+    more = f" and {len(used) - 8} more" if len(used) > 8 else ""
+    return (
+        f"step {entry['step']}: the loss is {entry['loss']} and the gradient's norm "
+        f"{entry['grad_norm']} at a learning rate of {entry['learning_rate']:.3g}; expected finite "
+        f"numbers. This step's update was not made. Its examples: {named}{more}."
+    )

@@ -1,0 +1,1 @@
+"""`lift`: the walk over a traced function, and a rule for each family of primitives."""

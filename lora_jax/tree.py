@@ -1,0 +1,210 @@
+"""Parameter trees: key paths, and virtual weights put into a tree and taken out again."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+PyTree: TypeAlias = Any
+
+
+class VirtualWeight(abc.ABC):
+    """A pytree that stands where a plain array stood in a parameter tree.
+
+    `lora_jax.lift` lets any function take one. Subclasses are registered dataclasses.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array it stands for."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> Any:
+        """The dtype of the array it stands for."""
+
+
+class Update(abc.ABC):
+    """What an adapter holds for one weight: trainable leaves and static settings, no base.
+
+    Subclasses are registered dataclasses, one file each in `lora_jax.adapters`.
+    """
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight it updates."""
+
+    @abc.abstractmethod
+    def add_to(self, base: jax.Array, sign: int) -> jax.Array:
+        """`base + sign * update`, in float32 or wider, cast back to the base's dtype."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted(VirtualWeight):
+    """A frozen base and the update on it.
+
+    Attributes:
+      base: W0: an array, or another virtual weight.
+      update: what the adapter adds.
+      dropout_key: the weight's own key when adapter dropout is on, else None.
+      path: where in the parameter tree it stands.
+    """
+
+    base: Any
+    update: Update
+    dropout_key: jax.Array | None
+    path: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The base's shape."""
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The base's dtype."""
+        return self.base.dtype
+
+
+def is_virtual(node: Any) -> bool:
+    """Whether a tree's node is a virtual weight."""
+    return isinstance(node, VirtualWeight)
+
+
+def is_update(node: Any) -> bool:
+    """Whether a tree's node is one weight's update."""
+    return isinstance(node, Update)
+
+
+def path_string(path: jax.tree_util.KeyPath) -> str:
+    """A key path joined with "/".
+
+    The value inside a `flax.nnx.Variable` goes by the variable's own path.
+
+    >>> leaves, _ = jax.tree.flatten_with_path({"layers": [{"kernel": 1.0}]})
+    >>> path_string(leaves[0][0])
+    'layers/0/kernel'
+    """
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their "/"-joined paths; a virtual weight is one leaf."""
+    leaves = jax.tree.flatten_with_path(tree, is_leaf=is_virtual)[0]
+    return {path_string(path): leaf for path, leaf in leaves}
+
+
+def fold_path(key: jax.Array, path: str) -> jax.Array:
+    """A key for one path, whatever other paths there are."""
+    return jax.random.fold_in(key, int.from_bytes(hashlib.sha256(path.encode()).digest()[:4]))
+
+
+def combine(
+    params: PyTree, adapter: Mapping[str, Update], *, dropout_key: jax.Array | None = None
+) -> PyTree:
+    """Puts an adapter onto its base.
+
+    Args:
+      params: the frozen parameters W0, any pytree. Shared, not copied.
+      adapter: what `lora_jax.init` returned: path -> update.
+      dropout_key: a key turns adapter dropout on; each weight derives its own from its path.
+
+    Returns:
+      `params` with a virtual weight at each of the adapter's paths.
+
+    Raises:
+      ValueError: a path of the adapter is not in `params`, or has another shape there.
+
+    Example:
+      >>> import lora_jax as lora
+      >>> params, x = {"w": jnp.ones((8, 8))}, jnp.ones((1, 8))
+      >>> fn = lambda params, x: x @ params["w"]
+      >>> config = lora.LoraConfig(rank=2, targets="w")
+      >>> adapter = lora.init(jax.random.key(0), config, fn, params, x)
+      >>> lora.lift(fn)(lora.combine(params, adapter), x)[0, 0]
+      Array(8., dtype=float32)
+    """
+    leaves, structure = jax.tree.flatten_with_path(params, is_leaf=is_virtual)
+    paths = [path_string(path) for path, _ in leaves]
+    check_fits(dict(zip(paths, (leaf for _, leaf in leaves), strict=True)), adapter)
+    combined = []
+    for path, (_, leaf) in zip(paths, leaves, strict=True):
+        if (update := adapter.get(path)) is not None:
+            key = None if dropout_key is None else fold_path(_typed_key(dropout_key), path)
+            leaf = Adapted(leaf, update, key, path)
+        combined.append(leaf)
+    return structure.unflatten(combined)
+
+
+def split(tree: PyTree) -> tuple[PyTree, dict[str, Update]]:
+    """Takes a combined tree apart: the exact inverse of `combine`.
+
+    Args:
+      tree: parameters with virtual weights.
+
+    Returns:
+      `(params, adapter)`: the frozen parameters, and path -> update.
+    """
+    leaves, structure = jax.tree.flatten(tree, is_leaf=is_virtual)
+    params, adapter = [], {}
+    for leaf in leaves:
+        if isinstance(leaf, Adapted):
+            adapter[leaf.path] = leaf.update
+        params.append(leaf.base if isinstance(leaf, Adapted) else leaf)
+    return structure.unflatten(params), adapter
+
+
+def check_fits(leaves: Mapping[str, Any], adapter: Mapping[str, Update]) -> None:
+    """Raises ValueError, naming path and shapes, unless every update has its weight in `leaves`."""
+    for path, update in adapter.items():
+        if path not in leaves:
+            raise ValueError(
+                f"The adapter updates {path!r}, which the parameters do not have. They have: "
+                f"{_some(leaves)}. Combine an adapter with the parameters it was made for."
+            )
+        if (shape := tuple(leaves[path].shape)) != update.shape:
+            raise ValueError(
+                f"{path}: the adapter updates a weight of shape {update.shape}, the parameters "
+                f"have {shape} there. Combine an adapter with the parameters it was made for; "
+                "for a stack of adapters, `jax.vmap` a function that combines one of them."
+            )
+
+
+def trainable_mask(tree: PyTree) -> PyTree:
+    """Marks what trains in a combined tree.
+
+    Args:
+      tree: parameters with virtual weights.
+
+    Returns:
+      A tree of the same structure: True at the adapter's leaves, False at frozen ones.
+    """
+
+    def mask(node: Any) -> Any:
+        marked = jax.tree.map(lambda _: False, node)
+        if isinstance(node, Adapted):
+            marked = dataclasses.replace(marked, update=jax.tree.map(lambda _: True, node.update))
+        return marked
+
+    return jax.tree.map(mask, tree, is_leaf=is_virtual)
+
+
+def _typed_key(key: jax.Array) -> jax.Array:
+    return key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
+
+
+def _some(paths: Any, count: int = 8) -> str:
+    paths = list(paths)
+    more = f", and {len(paths) - count} more" if len(paths) > count else ""
+    return ", ".join(paths[:count]) + more

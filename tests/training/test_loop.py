@@ -1,0 +1,194 @@
+"""The loop with a toy model: what it reports, saves and does when things go wrong."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lora_jax.training import loop
+from lora_jax.training.batching import training_batches
+from lora_jax.training.evaluation import Evaluation
+from lora_jax.training.examples import Example
+from lora_jax.training.step import init_state, make_step
+
+RATES = optax.linear_schedule(0.1, 0.0, 12)
+TX = optax.adam(RATES)
+
+
+def example(number, *, poison=False):
+    tokens = np.random.default_rng(number).integers(1, 9, 6).astype(np.int32)
+    tokens[-1] = 999 if poison else tokens[-1]
+    return Example(tokens, np.arange(6) >= 4, f"train.jsonl:{number + 1}")
+
+
+GOOD = [example(number) for number in range(40)]
+
+
+def loss_fn(adapter, params, batch, key):
+    """Token t should be valued at t / 10; the value of the poison is not a number."""
+    targets = jnp.where(batch.select_targets == 999, jnp.nan, batch.select_targets / 10)
+    noise = 0.01 * jax.random.normal(key, targets.shape)
+    values = adapter["a"][batch.select_targets % 9] + params
+    return jnp.sum(batch.select_weights * (values - targets + noise) ** 2), jnp.sum(
+        batch.select_weights
+    )
+
+
+class Recorder:
+    """Keeps what the loop tells, with copies of what it saves."""
+
+    def __init__(self, on_step=lambda entry: None):
+        self.entries, self.evaluations, self.saved, self._on_step = [], [], [], on_step
+
+    def stepped(self, entry):
+        self.entries.append({k: v for k, v in entry.items() if k != "seconds"})
+        assert entry["seconds"] >= 0
+        self._on_step(entry)
+
+    def evaluated(self, step, evaluation):
+        self.evaluations.append((step, evaluation.loss))
+
+    def save(self, state, place):
+        plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
+        self.saved.append((jax.device_get(plain), place))
+
+
+def batches(examples=GOOD, place=None):
+    iterator = training_batches(examples, row_length=16, rows=2, seed=4)
+    if place is not None:
+        iterator.set_state(place)
+    return iterator
+
+
+def start():
+    return init_state({"a": jnp.zeros(9)}, TX, jax.random.key(5))
+
+
+def run(state, recorder, *, steps=12, data=None, evaluate_at=(), examples=GOOD):
+    return loop.run(
+        state,
+        jnp.float32(0.5),
+        step=make_step(loss_fn, TX, max_grad_norm=1.0),
+        batches=batches(examples) if data is None else data,
+        steps=steps,
+        learning_rate=RATES,
+        evaluate=lambda adapter, params: Evaluation(float(adapter["a"].sum()), 0.5, 3, 3),
+        evaluate_at=frozenset(evaluate_at),
+        events=recorder,
+        where=lambda index: examples[index].where,
+    )
+
+
+def revived(plain):
+    state = jax.tree.map(jnp.array, plain)
+    return dataclasses.replace(state, key=jax.random.wrap_key_data(state.key))
+
+
+def assert_same(one, two):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(two))
+
+
+def test_it_reports_every_step_as_a_plain_loop_computes_it():
+    recorder = Recorder()
+    final = run(start(), recorder)
+    state, data, step = start(), batches(), jax.jit(make_step(loss_fn, TX, max_grad_norm=1.0))
+    assert [entry["step"] for entry in recorder.entries] == list(range(1, 13))
+    for number, entry in enumerate(recorder.entries):
+        batch = next(data)
+        state, metrics = step(state, jnp.float32(0.5), batch)
+        assert entry["loss"] == pytest.approx(float(metrics.loss), rel=1e-5)
+        assert entry["grad_norm"] == pytest.approx(float(metrics.grad_norm), rel=1e-5)
+        assert entry["learning_rate"] == pytest.approx(0.1 * (1 - number / 12), rel=1e-5)
+        assert entry["tokens"] == (batch.segment_ids > 0).sum()
+        assert entry["learned_tokens"] == batch.select_weights.sum()
+    np.testing.assert_allclose(final.adapter["a"], state.adapter["a"], rtol=1e-5, atol=1e-7)
+    assert recorder.entries[-1]["loss"] < recorder.entries[0]["loss"]
+    assert len(recorder.saved) == 1
+
+
+def test_it_evaluates_and_saves_at_the_given_steps():
+    recorder = Recorder()
+    run(start(), recorder, evaluate_at=(4, 9))
+    assert [int(state.step) for state, _ in recorder.saved] == [4, 9, 12]
+    assert [step for step, _ in recorder.evaluations] == [4, 9]
+    for (_, loss), (state, _) in zip(recorder.evaluations, recorder.saved, strict=False):
+        assert loss == pytest.approx(state.adapter["a"].sum(), rel=1e-6)
+
+
+def test_going_on_from_a_save_is_the_run_that_was_not_interrupted():
+    whole, part, rest = Recorder(), Recorder(), Recorder()
+    final = run(start(), whole)
+    run(start(), part, evaluate_at=(5,), steps=12)
+    plain, place = part.saved[0]
+    resumed = run(revived(plain), rest, data=batches(place=place))
+    assert rest.entries == whole.entries[5:]
+    assert_same(resumed.adapter, final.adapter)
+    assert_same(resumed.opt_state, final.opt_state)
+
+
+def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_good_state():
+    examples = [*GOOD[:17], example(17, poison=True), *GOOD[18:]]
+    data, step = batches(examples), 0
+    while True:
+        step += 1
+        if 17 in next(data).select_examples:
+            break
+    assert 2 < step < 11  # or the test would show little
+    recorder, reference = Recorder(), Recorder()
+    with pytest.raises(loop.NonFiniteLoss) as caught:
+        run(start(), recorder, examples=examples)
+    assert str(caught.value).startswith(f"step {step}: the loss is nan")
+    assert "train.jsonl:18" in str(caught.value)
+    run(start(), reference, examples=examples, evaluate_at=(step - 1,), steps=step - 1)
+    (plain, place), (wanted, wanted_place) = recorder.saved[-1], reference.saved[-1]
+    assert int(plain.step) == step - 1
+    assert_same(plain, wanted)
+    # Going on means trying the same batch again.
+    assert place == wanted_place
+    assert [entry["step"] for entry in recorder.entries] == list(range(1, step + 1))
+
+
+def test_ctrl_c_finishes_the_step_and_saves():
+    def interrupt(entry):
+        if entry["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    recorder, rest, whole = Recorder(interrupt), Recorder(), Recorder()
+    with pytest.raises(loop.Interrupted) as caught:
+        run(start(), recorder)
+    assert signal.getsignal(signal.SIGINT) is before
+    plain, place = recorder.saved[-1]
+    assert caught.value.step == int(plain.step) == len(recorder.entries)
+    assert 3 <= caught.value.step <= 5
+    run(revived(plain), rest, data=batches(place=place))
+    run(start(), whole)
+    assert recorder.entries + rest.entries == whole.entries
+
+
+def test_the_second_ctrl_c_is_not_held_back():
+    with loop.interruptible() as event:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert event.wait(1)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_data_that_ends_too_early_is_an_error():
+    data = training_batches(GOOD[:4], row_length=16, rows=2, epochs=1)
+    with pytest.raises(ValueError, match=r"data ended after \d steps; expected enough for 12"):
+        run(start(), Recorder(), data=data)
+
+
+def test_the_base_is_not_donated():
+    params = jnp.float32(0.5)
+    loop.run(
+        start(), params, step=make_step(loss_fn, TX), batches=batches(), steps=2,
+        learning_rate=RATES, evaluate=None, evaluate_at=frozenset(), events=Recorder(), where=str,
+    )  # fmt: skip
+    assert not params.is_deleted()
