@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def save(
       config: the config it was made with. Targets given as a function are saved as the paths that
         the adapter has.
       params: the base W0; only a fingerprint of it is stored.
-      overwrite: replace a folder that is there already.
+      overwrite: replace a folder that is there already, which stays until the new one is complete.
 
     Raises:
       FileExistsError: the folder exists and `overwrite` is not set.
@@ -60,11 +62,31 @@ def save(
         "updates": {name: _describe(update) for name, update in adapter.items()},
         "base": fingerprint(params),
     }
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        args = ocp.args.Composite(
-            adapter=ocp.args.StandardSave(_plain(adapter)), about=ocp.args.JsonSave(about)
-        )
-        checkpointer.save(path, args=args, force=overwrite)
+    args = ocp.args.Composite(
+        adapter=ocp.args.StandardSave(_plain(adapter)), about=ocp.args.JsonSave(about)
+    )
+    with _replacing(path) as new, ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(new, args=args)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A folder to fill beside `path`, which takes its place when it is complete."""
+    new, old = (path.with_name(f".{path.name}.{end}") for end in ("new", "old"))
+    if old.exists() and not path.exists():
+        os.replace(old, path)  # An earlier save was stopped between the two renames below.
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    # A folder cannot be renamed over another: the good one steps aside first.
+    if path.exists():
+        os.replace(path, old)
+    os.replace(new, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(

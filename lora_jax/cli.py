@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except Interrupted as stop:
         assert isinstance(options, FinetuneOptions)
-        again = f"{PROGRAM} finetune --resume --output {options.folder()}"
+        again = f"{PROGRAM} finetune --resume --out {options.folder()}"
         errors.print(f"\nStopped after step {stop.step}. The adapter is saved. Go on with: {again}")
         return 130
     except SystemExit as stop:  # --help, or arguments that make no sense: tyro has said so.
@@ -93,7 +93,7 @@ def parse(arguments: Sequence[str]) -> Options:
                     f"{options.folder()}: run.json does not hold a run's options ({error}). Start "
                     "the run anew (--overwrite)."
                 ) from error
-            saved = dataclasses.replace(saved, output=options.folder(), overwrite=False)
+            saved = dataclasses.replace(saved, out=options.folder(), overwrite=False)
             options = _cli(arguments, saved)
     return options
 

@@ -72,7 +72,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
         raise loop.NonFiniteLoss(
             f"{error} The last good adapter, after step {error.step - 1}, is in {folder.adapter}. "
             "Look at these examples, or go on with a lower learning rate: "
-            f"lora-jax finetune --resume --output {folder.path} --learning-rate ...",
+            f"lora-jax finetune --resume --out {folder.path} --learning-rate ...",
             step=error.step,
         ) from error
     _report(run, state, console, seconds=time.perf_counter() - started)

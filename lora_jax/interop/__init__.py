@@ -1,0 +1,1 @@
+"""Other formats: Hugging Face weights, GGUF, tokenizers, and the files the main job fetches."""

@@ -80,12 +80,12 @@ class RunFolder:
         if RUN in held and not overwrite:
             raise FolderError(
                 f"{self.path} already holds a run. Go on with it (--resume), replace it "
-                "(--overwrite), or choose another folder (--output)."
+                "(--overwrite), or choose another folder (--out)."
             )
         if held and RUN not in held:
             raise FolderError(
                 f"{self.path}: expected a new or empty folder, or one with a run in it, got one "
-                f"that holds {', '.join(held[:5])}. Choose another folder (--output)."
+                f"that holds {', '.join(held[:5])}. Choose another folder (--out)."
             )
 
     def begin(self, about: Mapping[str, Any]) -> None:
@@ -113,7 +113,7 @@ class RunFolder:
         if not file.is_file():
             raise FolderError(
                 f"{self.path} holds no run to go on with: expected a file {RUN} in it. Start one "
-                "without --resume, or name the run's folder (--output)."
+                "without --resume, or name the run's folder (--out)."
             )
         try:
             values = json.loads(file.read_text("utf-8"))
@@ -168,19 +168,7 @@ class RunFolder:
         """
         with self._room(f"step {int(state.step)}", self._saved()):
             self._write_state(state, place)
-            new, old = self.path / f"{ADAPTER}.new", self.path / f"{ADAPTER}.old"
-            for left in (new, old):
-                shutil.rmtree(left, ignore_errors=True)
-            try:
-                checkpoint.save(new, state.adapter, config, params)
-            except BaseException:
-                shutil.rmtree(new, ignore_errors=True)
-                raise
-            # A folder cannot be renamed over another: the good one steps aside first.
-            if self.adapter.exists():
-                os.replace(self.adapter, old)
-            os.replace(new, self.adapter)
-            shutil.rmtree(old, ignore_errors=True)
+            checkpoint.save(self.adapter, state.adapter, config, params, overwrite=True)
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Reads what `save` saved.

@@ -159,7 +159,7 @@ class FinetuneOptions:
         epochs: How often each example of your own file is seen, unless `steps` is given.
         evaluations: How often to evaluate, and save, between the start and the end.
         seed: Of the split, the order, the adapter's start and dropout: the same seed, the same run.
-        output: Folder for the results; by default runs/MODEL-DATA.
+        out: Folder for the results; by default runs/MODEL-DATA.
         resume: Go on with the run in the output folder, with its options except those given again.
         overwrite: Replace the run in the output folder.
     """
@@ -173,7 +173,7 @@ class FinetuneOptions:
     epochs: int = 3
     evaluations: int = 2
     seed: int = 0
-    output: Path | None = None
+    out: Path | None = None
     resume: bool = False
     overwrite: bool = False
 
@@ -200,8 +200,8 @@ class FinetuneOptions:
 
     def folder(self) -> Path:
         """Where the results go."""
-        if self.output is not None:
-            return self.output
+        if self.out is not None:
+            return self.out
         if self.model.model == SMOLLM2 and self.data.data is None:
             return Path("runs") / "smollm2-sentiment"
         model = self.model.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
@@ -211,7 +211,7 @@ class FinetuneOptions:
         """As plain values, ready for JSON."""
         plain = dataclasses.asdict(self)
         plain["data"]["data"] = None if self.data.data is None else str(self.data.data)
-        plain["output"] = None if self.output is None else str(self.output)
+        plain["out"] = None if self.out is None else str(self.out)
         return plain
 
     @classmethod
@@ -229,7 +229,7 @@ class FinetuneOptions:
         data, lora = dict(fields["data"]), dict(fields["lora"])
         data["data"] = None if data["data"] is None else Path(data["data"])
         lora |= {name: tuple(lora[name]) for name in ("targets", "exclude")}
-        output = fields["output"]
+        out = fields["out"]
         return cls(
             **{
                 **fields,
@@ -237,6 +237,6 @@ class FinetuneOptions:
                 "data": DataOptions(**data),
                 "lora": LoraOptions(**lora),
                 "optimizer": OptimizerOptions(**fields["optimizer"]),
-                "output": None if output is None else Path(output),
+                "out": None if out is None else Path(out),
             }
         )

@@ -51,7 +51,7 @@ def curves(entries: Sequence[Mapping[str, Any]], *, title: str, accuracy_of: str
             f"{e['accuracy']:.1%}",
             (e["step"], e["accuracy"]),
             textcoords="offset points",
-            xytext=(0, 9),
+            xytext=(6, -14) if e is held[0] else (0, 9),
             ha="left" if e is held[0] else "right",
         )
     accuracy.set(xlabel="step", ylabel=f"held-out {accuracy_of} right", ylim=(0, 1.05))

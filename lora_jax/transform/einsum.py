@@ -48,6 +48,8 @@ def multiply(
     """
     narrow = x.array.dtype
     rest = list(factors)
+    # A batch of one: with two free axes instead of one, XLA transposes the cotangent for B's sake.
+    x = _squeezed(x, {name for factor in factors for name in factor.names})
     while rest:
         factor = min(rest, key=lambda factor: _cost(x, factor))
         first = len(rest) == len(factors)
@@ -57,6 +59,16 @@ def multiply(
         if first:
             x = Named(midway(x.array), x.names)
     return _arrange(x, out, sizes)
+
+
+def _squeezed(operand: Named, shared: set[str]) -> Named:
+    units = [
+        axis
+        for axis, (name, size) in enumerate(zip(operand.names, operand.array.shape, strict=True))
+        if size == 1 and name not in shared
+    ]
+    names = tuple(name for axis, name in enumerate(operand.names) if axis not in units)
+    return Named(lax.squeeze(operand.array, units), names) if units else operand
 
 
 def _cost(one: Named, two: Named) -> int:

@@ -84,5 +84,5 @@ def options(model, data):
 def trained(tmp_path_factory, options):
     """The folder of a finished run."""
     folder = tmp_path_factory.mktemp("runs") / "letters"
-    assert run(["finetune", *options, "--output", str(folder)]) == 0
+    assert run(["finetune", *options, "--out", str(folder)]) == 0
     return folder

@@ -27,7 +27,7 @@ def refused(arguments, capsys):
 
 @pytest.fixture
 def finetune(options, tmp_path):
-    return ["finetune", *options, "--output", tmp_path / "run"]
+    return ["finetune", *options, "--out", tmp_path / "run"]
 
 
 @pytest.fixture
@@ -113,23 +113,23 @@ def test_a_rank_of_half_the_smaller_side_is_a_warning(finetune):
 
 def test_an_output_folder_with_a_run_is_refused_before_anything_is_loaded(trained, capsys):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    said = refused(["finetune", "--model", "no/such", "--output", trained], capsys)
+    said = refused(["finetune", "--model", "no/such", "--out", trained], capsys)
     assert f"{trained} already holds a run. Go on with it (--resume)" in said
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
 
 
 def test_overwriting_waits_until_the_new_input_is_read(trained, tmp_path, capsys):
     copy = shutil.copytree(trained, tmp_path / "copy")
-    refused(["finetune", "--model", "no/such", "--output", copy, "--overwrite"], capsys)
+    refused(["finetune", "--model", "no/such", "--out", copy, "--overwrite"], capsys)
     assert (copy / "adapter").is_dir()
     assert (copy / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
 
 
 def test_going_on_with_what_is_not_there_or_another_run(trained, tmp_path, capsys):
-    nothing = ["finetune", "--resume", "--output", tmp_path / "nothing"]
+    nothing = ["finetune", "--resume", "--out", tmp_path / "nothing"]
     assert "holds no run to go on with" in refused(nothing, capsys)
     copy = shutil.copytree(trained, tmp_path / "copy")
-    again = ["finetune", "--resume", "--output", copy]
+    again = ["finetune", "--resume", "--out", copy]
     assert "made with other examples" in refused([*again, "--held-out", 7], capsys)
     assert "expected float32[2, 32, 2], got float32[2, 32, 4]" in refused(
         [*again, "--rank", 2], capsys
@@ -233,7 +233,7 @@ def test_a_loss_that_is_not_finite(finetune, model, tmp_path, capsys, monkeypatc
     assert np.isfinite(leaf).all()
     assert np.abs(leaf).max() > 0
     monkeypatch.setattr(command, "_batches", batches)
-    assert run(["finetune", "--resume", "--output", str(tmp_path / "run")]) == 0
+    assert run(["finetune", "--resume", "--out", str(tmp_path / "run")]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
     assert [entry["step"] for entry in steps if entry["kind"] == "train"] == list(range(1, 9))
@@ -253,4 +253,4 @@ def test_defects_of_the_program_keep_their_traceback(finetune, monkeypatch):
 def test_the_traceback_is_there_when_asked_for(trained, monkeypatch):
     monkeypatch.setenv("LORA_JAX_DEBUG", "1")
     with pytest.raises(folder_module.FolderError):
-        run(["finetune", "--output", str(trained)])
+        run(["finetune", "--out", str(trained)])

@@ -57,7 +57,7 @@ def test_finetune_learns_and_writes_everything(trained):
 
 
 def test_the_same_seed_gives_the_same_run_and_tells_about_it(tmp_path, options, trained, capsys):
-    assert run(["finetune", *options, "--output", str(tmp_path / "run")]) == 0
+    assert run(["finetune", *options, "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     for pattern in (
         r"2 layers of 32", r"60 records; 54 to learn from, 6 held out", r"q_proj", r"tokens/s",
@@ -83,7 +83,7 @@ def test_finetune_on_plain_text(tmp_path, model, form):
     arguments = [
         *("finetune", "--model", str(model), "--data", str(data), "--rank", "2", "--epochs", "2"),
         *("--rows", "2", "--accumulate", "2", "--row-length", "32", "--held-out", "0.25"),
-        *("--dropout", "0.1", "--unroll", "--remat", "--output", str(tmp_path / "run")),
+        *("--dropout", "0.1", "--unroll", "--remat", "--out", str(tmp_path / "run")),
     ]
     assert run(arguments) == 0
     assert json.loads((tmp_path / "run" / "run.json").read_text())["prompt"] == {
@@ -158,7 +158,7 @@ FLAGS = {
     "finetune": (
         "model dtype unroll remat data held-out rows row-length rank alpha targets exclude dropout "
         "rank-stabilized learning-rate schedule warmup weight-decay clip accumulate steps epochs "
-        "evaluations seed output resume overwrite"
+        "evaluations seed out resume overwrite"
     ),
     "generate": "prompt model adapter form system max-new-tokens temperature seed dtype",
     "merge": "adapter out model",

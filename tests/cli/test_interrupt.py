@@ -30,7 +30,7 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(options, model, tmp_path):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}  # as in this process
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "finetune", *options, *MANY, "--output", str(broken)],
+        [sys.executable, "-c", PROGRAM, "finetune", *options, *MANY, "--out", str(broken)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     try:
@@ -45,14 +45,14 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(options, model, tmp_path):
         process.kill()
     assert process.returncode == 130
     assert "Traceback" not in said
-    assert f"Go on with: lora-jax finetune --resume --output {broken}" in said
+    assert f"Go on with: lora-jax finetune --resume --out {broken}" in said
     step = int(said.split("Stopped after step ")[1].split(".")[0])
     assert entries(broken)[-1]["step"] == step
     assert 5 <= step < 400
     # Ten more steps, with the other options as they were; and the same without a break.
     more = ["--steps", str(step + 10)]
-    assert run(["finetune", "--resume", *more, "--output", str(broken)]) == 0
-    assert run(["finetune", *options, *MANY, *more, "--output", str(whole)]) == 0
+    assert run(["finetune", "--resume", *more, "--out", str(broken)]) == 0
+    assert run(["finetune", *options, *MANY, *more, "--out", str(whole)]) == 0
     assert entries(broken) == entries(whole)
     base = load_pretrained(model, scan_layers=True)
     one, two = (lora.restore(folder / "adapter", base.params)[0] for folder in (broken, whole))

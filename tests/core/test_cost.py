@@ -35,9 +35,11 @@ def flops(step):
 
 def test_flops_are_those_of_the_program_written_by_hand(steps):
     assert flops(steps["lifted"]) <= 1.01 * flops(steps["by hand"])
-    # Two thirds of full training, and the adapter's own: 2 - 1/L + 6 r/d forwards.
+    # Two thirds of full training, and the adapter's own: 2 - 1/L + 6 r/d forwards. That counts
+    # products; the rest is less than one operation for each activation.
     bound = 2 - 1 / LAYERS + 6 * RANK / WIDTH
-    assert flops(steps["lifted"]) <= bound * flops(steps["forward"])
+    activations = LAYERS * BATCH * WIDTH
+    assert flops(steps["lifted"]) <= bound * flops(steps["forward"]) + activations
     assert flops(steps["full"]) > 2.8 * flops(steps["forward"])
 
 

@@ -99,3 +99,20 @@ def test_python_values_reach_the_function_as_they_are():
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match="'error' or 'allow', got 'maybe'"):
         lora.lift(lambda x: x, dense="maybe")
+
+
+def test_a_stopped_gradient_stays_stopped():
+    def fn(w, x):
+        return x @ w + jnp.tanh(x) @ jax.lax.stop_gradient(w)
+
+    w = normal("w", 6, 8)
+    adapter = random_like(lora.init(KEY, lora.LoraConfig(rank=2, targets="*"), fn, w, X))
+
+    def loss(function):
+        return jax.jit(jax.value_and_grad(lambda a: jnp.sin(function(a)).sum()))(adapter)
+
+    got = loss(lambda a: lora.lift(fn)(lora.combine(w, a), X))
+    want = loss(lambda a: fn(lora.merge(w, a), X))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want
+    )  # fmt: skip

@@ -52,7 +52,7 @@ def test_options_come_back_from_json():
         lora=LoraOptions(rank=3, targets=("*/q_proj/kernel", "*/v_proj/kernel"), dropout=0.1),
         optimizer=OptimizerOptions(learning_rate=0.1, accumulate=4),
         steps=7,
-        output=Path("out"),
+        out=Path("out"),
     )
     again = FinetuneOptions.from_dict(json.loads(json.dumps(options.to_dict())))
     assert again == options
@@ -92,7 +92,7 @@ def test_the_output_folder_is_named_after_model_and_data():
     model, data = ModelOptions(model="/a/tiny.gguf"), DataOptions(data=Path("x/mine.jsonl"))
     assert FinetuneOptions(model=model, data=data).folder() == Path("runs/tiny-mine")
     assert FinetuneOptions(model=model).folder() == Path("runs/tiny-tweets")
-    assert FinetuneOptions(output=Path("here")).folder() == Path("here")
+    assert FinetuneOptions(out=Path("here")).folder() == Path("here")
 
 
 def test_the_head_is_no_target_of_all_linear():
