@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
-from lora_jax.tree import Update, check_fits, is_virtual, leaves_by_path, path_string
+from lora_jax.tree import Adapted, Update, check_fits, flatten
 
 
 def merge(params: Any, adapter: Mapping[str, Update]) -> Any:
@@ -74,16 +72,18 @@ def switch(params: Any, adapters: Mapping[str, Mapping[str, Update]], name: str 
 
 
 def _add(params: Any, adapter: Mapping[str, Update], sign: int) -> Any:
-    leaves = leaves_by_path(params)
-    check_fits(leaves, adapter)
-
-    def add(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        name = path_string(path)
-        if name not in adapter:
-            return leaf
+    leaves, structure = flatten(params)
+    check_fits(dict(leaves), adapter)
+    merged = []
+    for path, leaf in leaves:
+        update = adapter.get(path)
         try:
-            return adapter[name].add_to(leaf, sign)
+            merged.append(leaf if update is None else update.add_to(_plain(leaf), sign))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{path}: {error}") from None
+    return structure.unflatten(merged)
 
-    return jax.tree.map_with_path(add, params, is_leaf=is_virtual)
+
+def _plain(leaf: Any) -> Any:
+    """A leaf as an array, should it have an adapter on it already."""
+    return leaf.update.add_to(_plain(leaf.base), 1) if isinstance(leaf, Adapted) else leaf

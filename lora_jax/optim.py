@@ -20,6 +20,7 @@ def adapter_only(tx: optax.GradientTransformation) -> optax.GradientTransformati
 
     Args:
       tx: any optax transformation. It sees the adapter alone: gradients, parameters and state.
+        Wrappers such as `optax.apply_if_finite` and `optax.MultiSteps` belong inside, around it.
 
     Returns:
       A transformation of combined trees. The update of a frozen leaf is a scalar zero, which adds

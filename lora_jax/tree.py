@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 PyTree: TypeAlias = Any
 
@@ -85,24 +86,37 @@ def is_update(node: Any) -> bool:
     return isinstance(node, Update)
 
 
-def path_string(path: jax.tree_util.KeyPath) -> str:
-    """A key path joined with "/".
+def flatten(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:
+    """Leaves with their paths, keys joined with "/", and the tree's structure.
 
-    The value inside a `flax.nnx.Variable` goes by the variable's own path.
+    A virtual weight is one leaf. The value of a `flax.nnx.Variable` goes by the variable's path.
 
-    >>> leaves, _ = jax.tree.flatten_with_path({"layers": [{"kernel": 1.0}]})
-    >>> path_string(leaves[0][0])
-    'layers/0/kernel'
+    Raises:
+      ValueError: two leaves have the same path.
+
+    >>> flatten({"layers": [{"kernel": 1.0}]})[0]
+    [('layers/0/kernel', 1.0)]
     """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    stop = lambda node: is_virtual(node) or isinstance(node, nnx.Variable)  # noqa: E731
+    nodes = jax.tree.flatten_with_path(tree, is_leaf=stop)[0]
+    variables = {path for path, node in nodes if isinstance(node, nnx.Variable)}
+    leaves, structure = jax.tree.flatten_with_path(tree, is_leaf=is_virtual)
+    named: dict[str, Any] = {}
+    for path, leaf in leaves:
+        keys = path[:-1] if path[:-1] in variables else path
+        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+        if name in named:
+            raise ValueError(
+                f"Two parameters have the path {name!r}, one of them with a '/' in a key. Rename "
+                "one: an adapter finds its weights by their paths."
+            )
+        named[name] = leaf
+    return list(named.items()), structure
 
 
 def leaves_by_path(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by their "/"-joined paths; a virtual weight is one leaf."""
-    leaves = jax.tree.flatten_with_path(tree, is_leaf=is_virtual)[0]
-    return {path_string(path): leaf for path, leaf in leaves}
+    """The leaves of a tree by their paths."""
+    return dict(flatten(tree)[0])
 
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:
@@ -119,6 +133,7 @@ def combine(
       params: the frozen parameters W0, any pytree. Shared, not copied.
       adapter: what `lora_jax.init` returned: path -> update.
       dropout_key: a key turns adapter dropout on; each weight derives its own from its path.
+        Looked-up tables have none, as in PEFT.
 
     Returns:
       `params` with a virtual weight at each of the adapter's paths.
@@ -135,11 +150,10 @@ def combine(
       >>> lora.lift(fn)(lora.combine(params, adapter), x)[0, 0]
       Array(8., dtype=float32)
     """
-    leaves, structure = jax.tree.flatten_with_path(params, is_leaf=is_virtual)
-    paths = [path_string(path) for path, _ in leaves]
-    check_fits(dict(zip(paths, (leaf for _, leaf in leaves), strict=True)), adapter)
+    leaves, structure = flatten(params)
+    check_fits(dict(leaves), adapter)
     combined = []
-    for path, (_, leaf) in zip(paths, leaves, strict=True):
+    for path, leaf in leaves:
         if (update := adapter.get(path)) is not None:
             key = None if dropout_key is None else fold_path(_typed_key(dropout_key), path)
             leaf = Adapted(leaf, update, key, path)

@@ -11,7 +11,7 @@ from jax import lax
 
 from lora_jax.transform import compat
 from lora_jax.transform.einsum import Named, multiply
-from lora_jax.transform.view import RANK, Factor, Term, View, dropped, named
+from lora_jax.transform.view import RANK, Factor, Term, View, dropped, holding, named
 from lora_jax.transform.walk import Walk
 
 Names = tuple[str, ...]
@@ -26,6 +26,8 @@ def dot_general(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | Non
     for value, contracted, stacked in zip(values, contract, batch, strict=True):
         if isinstance(value, View) and value.source.uses is not None:
             value.source.uses.multiplied(value, inputs=contracted, batch=stacked)
+    if isinstance(lhs, View) and isinstance(rhs, View):
+        lhs = holding(lhs, contract[0])  # Copies on both sides are summed over, too.
     aval = equation.outvars[0].aval
     sizes = dict(zip(out_names, aval.shape, strict=True))
     total = None

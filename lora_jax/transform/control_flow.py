@@ -31,10 +31,11 @@ def jit(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
 
     if walk.finds_roles(values) or not any(map(compat.is_tracer, jax.tree.leaves(values))):
         return call(*values)  # Run eagerly, there is nothing to compile it into.
-    if inner not in walk.jits:
+    kind = (inner, tuple(ins), tuple(outs))
+    if kind not in walk.jits:
         call.__name__ = call.__qualname__ = params["name"]
-        walk.jits[inner] = jax.jit(call)
-    results = walk.jits[inner](
+        walk.jits[kind] = jax.jit(call)
+    results = walk.jits[kind](
         *(
             replace_source(value, dataclasses.replace(value.source, slot=slot))
             if is_view(value) else value
@@ -71,7 +72,8 @@ def remat(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
     if params["differentiated"]:
         # Already the recomputation in a backward pass: kept apart from the forward's, as JAX does.
         return call(*(lax.optimization_barrier(tuple(values)) if params["prevent_cse"] else values))
-    return jax.checkpoint(call, policy=params["policy"], prevent_cse=params["prevent_cse"])(*values)
+    again = jax.checkpoint(call, policy=params["policy"], prevent_cse=params["prevent_cse"])
+    return again(*values)
 
 
 def cond(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
@@ -160,7 +162,7 @@ def _unstack(value: Any) -> tuple[Any, Callable[[Any], Any]]:
         base, slices = piece
         rest = iter(slices)
         parts = [
-            Factor(
+            factor.now(
                 next(rest) if mine else factor.array,
                 tuple(d if d < 0 else d - 1 for d in factor.dims if d != 0),
             )
@@ -192,7 +194,7 @@ def _stackable(value: Any) -> tuple[Any, Callable[[Any], Any]]:
     def rebuild(stack: Any) -> View:
         base, arrays = stack
         length = arrays[0].shape[0] if base is None else base.shape[0]
-        parts = [Factor(array, own) for array, own in zip(arrays, dims, strict=True)]
+        parts = [f.now(array, own) for f, array, own in zip(factors, arrays, dims, strict=True)]
         return dataclasses.replace(
             build(parts),
             base=base,
@@ -207,7 +209,7 @@ def _without_gain(term: Term) -> Term:
     if term.gain is None:
         return term
     array = term.a.array * term.gain.astype(term.a.array.dtype)
-    return dataclasses.replace(term, gain=None, a=Factor(array, term.a.dims))
+    return dataclasses.replace(term, gain=None, a=term.a.now(array))
 
 
 def _take_apart(view: View) -> tuple[list[Factor], Callable[[list[Factor]], View]]:
@@ -260,25 +262,35 @@ def shard_map(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
     jaxpr, consts = compat.open_jaxpr(equation.params["jaxpr"])
     place = walk.place(equation, "an output of ")
     locals_ = [tuple(var.aval.shape) for var in jaxpr.invars]
+    in_specs = params.pop("in_specs")
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         inside = [
-            dataclasses.replace(value, shape=shape) if isinstance(value, View) else value
-            for value, shape in zip(inputs, locals_, strict=True)
+            _local(value, shape, spec) if isinstance(value, View) else value
+            for value, shape, spec in zip(inputs, locals_, in_specs, strict=True)
         ]
         outputs = walk.run(jaxpr, consts, inside)
         return tuple(walk.array(output, place) for output in outputs)
 
-    in_specs = params.pop("in_specs")
     specs = tuple(_specs(value, spec) for value, spec in zip(values, in_specs, strict=True))
     return list(jax.shard_map(call, in_specs=specs, **params)(*values))
+
+
+def _local(view: View, shape: tuple[int, ...], spec: PartitionSpec) -> View:
+    """A view inside a shard_map, whose factors know over which mesh axes they are split."""
+    factors, build = _take_apart(view)
+    parts = []
+    for factor in factors:
+        names = jax.tree.leaves(tuple(factor_spec(spec, factor)))
+        parts.append(dataclasses.replace(factor, split=factor.split | frozenset(names)))
+    return dataclasses.replace(build(parts), shape=shape)
 
 
 def _specs(value: Any, spec: PartitionSpec) -> Any:
     if not isinstance(value, View):
         return spec
     factors, build = _take_apart(value)
-    specs = build([Factor(factor_spec(spec, factor), factor.dims) for factor in factors])
+    specs = build([factor.now(factor_spec(spec, factor)) for factor in factors])
     terms = tuple(
         dataclasses.replace(term, gain=None if term.gain is None else PartitionSpec())
         for term in specs.terms

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.transform import compat
-from lora_jax.transform.view import RANK, Factor, Term, View, dropped
+from lora_jax.transform.view import RANK, Factor, Term, View, dropped, holding
 from lora_jax.transform.walk import Walk
 
 
@@ -24,6 +24,7 @@ def conv_general_dilated(walk: Walk, equation: Any, values: list[Any]) -> list[A
     if isinstance(x, View) or not isinstance(kernel, View) or params["batch_group_count"] != 1:
         return None
     out_axis, in_axis, *space = params["dimension_numbers"].rhs_spec
+    kernel = holding(kernel, (in_axis, *space))
     if not all(_separable(term, out_axis, in_axis, tuple(space)) for term in kernel.terms):
         return None
     if kernel.source.uses is not None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.extend.core import Literal
 
 from lora_jax.transform import compat
 from lora_jax.transform.view import RANK, Factor, Source, Term, View
@@ -34,21 +35,26 @@ def weight_products(jaxpr: Any, outputs: Sequence[Any]) -> dict[Any, Rule]:
     """
     made = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
     counts = collections.Counter(
-        [atom for equation in jaxpr.eqns for atom in map(_key, equation.invars)]
-        + list(map(_key, jaxpr.outvars))
+        atom
+        for atoms in (*(equation.invars for equation in jaxpr.eqns), jaxpr.outvars)
+        for atom in atoms
+        if not isinstance(atom, Literal)
     )
     rules: dict[Any, Rule] = {}
     pending = list(outputs)
     while pending:
         var = pending.pop()
-        equation = made.get(var) if counts[_key(var)] == 1 else None
+        equation = None if isinstance(var, Literal) or counts[var] != 1 else made.get(var)
         if equation is None:
             continue
         name = equation.primitive.name
         if name == "dot_general":
             rules[var] = factored_product
         elif name in ("add", "add_any"):
-            pending += equation.invars
+            if len({atom.aval.shape for atom in (var, *equation.invars)}) == 1:  # type: ignore
+                pending += equation.invars
+        elif name in ("mul", "div") and all(atom.aval.ndim for atom in equation.invars):
+            continue
         elif name in _PASSED_ON:
             pending += [atom for atom in equation.invars if atom.aval.ndim]
         elif name in ("jit", "pjit"):
@@ -58,10 +64,6 @@ def weight_products(jaxpr: Any, outputs: Sequence[Any]) -> dict[Any, Rule]:
                 rules |= within
                 rules[equation.outvars[0]] = _opened
     return rules
-
-
-def _key(atom: Any) -> Any:
-    return atom if atom.__hash__ is not None else id(atom)
 
 
 def _opened(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:

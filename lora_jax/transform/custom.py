@@ -87,6 +87,14 @@ def custom_vjp(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
     if walk.finds_roles(values):
         return walk.run(jaxpr, consts, values)
     place = walk.place(equation, "an output of ")
+    for value in filter(is_view, values):
+        if any(term.keys is not None for term in value.terms):
+            raise ValueError(
+                f"{value.source.path}: {walk.place(equation)} has a backward pass of its own, in "
+                "which adapter dropout has no meaning: it drops elements of the input, and that "
+                "pass was written without. Override dropout_rate with 0 for this weight, or "
+                "combine without a dropout_key."
+            )
     stand_ins = [_stand_in(value) for value in values]
     smooth = [jnp.issubdtype(value.dtype, jnp.inexact) for value in values]
     residual_tree: list[Any] = []
@@ -158,10 +166,22 @@ def _handed_on(weight: View, cotangent: Any) -> View:
         for others, scaled in _summands(cotangent, names, weight.dtype):
             product = multiply(start, others, own, sizes, dtype=weight.dtype)
             total = total + term.scaled(scaled(product.astype(total.dtype)))
-        return Factor(total, mine.dims)
+        return mine.now(total)
+
+    def gain(term: Term) -> jax.Array | None:
+        """<dW, scale A B>."""
+        if term.gain is None:
+            return None
+        without = factor(dataclasses.replace(term, gain=None), term.a, term.b)
+        return (without.array * term.a.array).sum().astype(term.gain.dtype)
 
     terms = tuple(
-        dataclasses.replace(term, a=factor(term, term.a, term.b), b=factor(term, term.b, term.a))
+        dataclasses.replace(
+            term,
+            a=factor(term, term.a, term.b),
+            b=factor(term, term.b, term.a),
+            gain=gain(term),
+        )
         for term in weight.terms
     )
     base = None

@@ -25,7 +25,7 @@ def _with_base(view: View, equation: Any, others: list[Any]) -> View:
 
 def convert(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     """A cast: factors are cast when they are used, to the dtype that the view has then."""
-    if not jnp.issubdtype(equation.params["new_dtype"], jnp.floating):
+    if not jnp.issubdtype(equation.params["new_dtype"], jnp.inexact):
         return None
     return [_with_base(values[0], equation, values[1:])]
 
@@ -35,7 +35,7 @@ def each_array(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None
     (view,) = values
 
     def mark(factor: Factor) -> Factor:
-        return Factor(compat.bind(equation, [factor.array])[0], factor.dims)
+        return factor.now(compat.bind(equation, [factor.array])[0])
 
     terms = tuple(dataclasses.replace(term, a=mark(term.a), b=mark(term.b)) for term in view.terms)
     return [dataclasses.replace(_with_base(view, equation, []), terms=terms)]
@@ -72,6 +72,19 @@ def add(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     return [dataclasses.replace(view, base=base, terms=tuple(terms))]
 
 
+def subtract(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
+    """A weight less an array, or an array less a weight."""
+    left, right = values
+    if left.shape != right.shape or (isinstance(left, View) and isinstance(right, View)):
+        return None
+    view, sign = (left, 1) if isinstance(left, View) else (right, -1)
+    if view.base is None:
+        return None
+    plain = [value.base if isinstance(value, View) else value for value in values]
+    terms = tuple(dataclasses.replace(term, scale=sign * term.scale) for term in view.terms)
+    return [dataclasses.replace(view, base=compat.bind(equation, plain)[0], terms=terms)]
+
+
 def multiply(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     """W times a scalar, from either side."""
     left, right = values
@@ -86,7 +99,12 @@ def divide(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     view, scalar = values
     if not isinstance(view, View) or isinstance(scalar, View) or np.ndim(scalar) != 0:
         return None
-    return _scaled(equation, values, view, scalar, lambda value: 1 / value)
+    return _scaled(equation, values, view, scalar, _inverse)
+
+
+def _inverse(value: Any) -> Any:
+    with np.errstate(divide="ignore"):  # As in JAX, 1 / 0 is infinite.
+        return np.divide(1.0, value) if isinstance(value, float) else 1 / value
 
 
 def _scaled(
@@ -128,7 +146,7 @@ def constrain(value: Any, sharding: Any, *, base: bool = True) -> Any:
     def hold(factor: Factor) -> Factor:
         spec = factor_spec(sharding.spec, factor)
         placed = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-        return Factor(lax.with_sharding_constraint(factor.array, placed), factor.dims)
+        return factor.now(lax.with_sharding_constraint(factor.array, placed))
 
     terms = tuple(dataclasses.replace(term, a=hold(term.a), b=hold(term.b)) for term in value.terms)
     return dataclasses.replace(value, terms=terms)
@@ -152,6 +170,7 @@ RULES = {
     "neg": negate,
     "add": add,
     "add_any": add,
+    "sub": subtract,
     "mul": multiply,
     "div": divide,
     "sharding_constraint": sharding_constraint,

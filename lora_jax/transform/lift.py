@@ -9,6 +9,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.extend import core
 
 from lora_jax.transform import (
     compat,
@@ -20,7 +21,7 @@ from lora_jax.transform import (
     lookup,
     structural,
 )
-from lora_jax.transform.view import is_view, view_of
+from lora_jax.transform.view import view_of
 from lora_jax.transform.walk import Walk
 from lora_jax.tree import Adapted, is_virtual
 
@@ -33,6 +34,8 @@ RULES = {
     **control_flow.RULES,
     **custom.RULES,
 }
+
+_WRAPPERS = ("jit", "pjit", "remat2", "checkpoint")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -80,14 +83,13 @@ def lift(fn: Callable[P, T], *, dense: Literal["error", "allow"] = "error") -> C
         values = [view_of(leaf, slot) for slot, leaf in enumerate(trace.arrays)]
         walk = Walk(RULES, allow_dense=dense == "allow")
         outputs = walk.run(trace.jaxpr, trace.consts, values)
-        unchanged = {id(value): leaf for value, leaf in zip(values, trace.arrays, strict=True)}
+        forwarded = [_forwarded(trace.jaxpr, var) for var in trace.jaxpr.outvars]
         return trace.result(
             [
-                unchanged[id(out)] if is_view(out) and id(out) in unchanged
-                else walk.array(out, "returning it")
-                for out in outputs
+                walk.array(out, "returning it") if place is None else trace.arrays[place]
+                for out, place in zip(outputs, forwarded, strict=True)
             ]
-        )  # fmt: skip
+        )
 
     return lifted
 
@@ -112,7 +114,7 @@ class Trace:
 def trace_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> Trace:
     """Traces `fn(*args, **kwargs)`; arrays may be abstract, virtual weights stand for arrays."""
     leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=is_virtual)
-    places = [place for place, leaf in enumerate(leaves) if _is_array(leaf)]
+    places = [place for place, leaf in enumerate(leaves) if is_array(leaf)]
     returned: list[Any] = []
 
     def flat(*arrays: Any) -> list[Any]:
@@ -121,8 +123,8 @@ def trace_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> Trace:
             filled[place] = array
         call_args, call_kwargs = structure.unflatten(filled)
         out, out_structure = jax.tree.flatten(fn(*call_args, **call_kwargs))
-        returned[:] = [out_structure, [None if _is_array(leaf) else (leaf,) for leaf in out]]
-        return [leaf for leaf in out if _is_array(leaf)]
+        returned[:] = [out_structure, [None if is_array(leaf) else (leaf,) for leaf in out]]
+        return [leaf for leaf in out if is_array(leaf)]
 
     arrays = [leaves[place] for place in places]
     jaxpr, consts = compat.trace(flat, *map(_stand_in, arrays))
@@ -135,7 +137,29 @@ def trace_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> Trace:
     return Trace(jaxpr, consts, arrays, result)
 
 
-def _is_array(leaf: Any) -> bool:
+def _forwarded(jaxpr: Any, var: Any) -> int | None:
+    """Which input an output is, unchanged, be it through nested functions; or None."""
+    inputs = {given: place for place, given in enumerate(jaxpr.invars)}
+    made = {out: equation for equation in jaxpr.eqns for out in equation.outvars}
+    while not isinstance(var, core.Literal) and var not in inputs:
+        equation = made.get(var)
+        if equation is None or equation.primitive.name not in (
+            "jit",
+            "pjit",
+            "remat2",
+            "checkpoint",
+        ):
+            return None
+        inner, _ = compat.open_jaxpr(equation.params["jaxpr"])
+        place = _forwarded(inner, inner.outvars[equation.outvars.index(var)])
+        if place is None:
+            return None
+        var = equation.invars[place]
+    return None if isinstance(var, core.Literal) else inputs[var]
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced: an array, abstract or not, or a virtual weight."""
     kinds = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)
     return isinstance(leaf, kinds) or is_virtual(leaf)
 

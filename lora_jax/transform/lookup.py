@@ -10,7 +10,7 @@ from jax import lax
 
 from lora_jax.transform import compat
 from lora_jax.transform.einsum import Named, multiply
-from lora_jax.transform.view import RANK, Factor, View, named
+from lora_jax.transform.view import RANK, Factor, View, holding, named
 from lora_jax.transform.walk import Walk
 
 _STAYS_INSIDE = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
@@ -37,6 +37,7 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     if len(numbers.start_index_map) > 1 and params["mode"] not in _STAYS_INSIDE:
         return None  # An index along a whole axis could make the row a filler.
     (picked,) = cut
+    view = holding(view, (picked,))
     if picked not in numbers.start_index_map:
         return None
     column = numbers.start_index_map.index(picked)
@@ -58,6 +59,8 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
         gone = (*stacked, picked) if collapsed else stacked
         kept = [d for d in factor.dims if d not in gone]
         at = factor.dims.index(picked)
+        # The base has the filler: what is added to it there is zero, not another filler.
+        fill = 0 if jnp.issubdtype(factor.array.dtype, jnp.inexact) else None
         array = lax.gather(
             factor.array,
             indices_of_picked,
@@ -73,9 +76,9 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
             unique_indices=params["unique_indices"],
             indices_are_sorted=params["indices_are_sorted"],
             mode=params["mode"],
-            fill_value=params["fill_value"],
+            fill_value=fill,
         )  # fmt: skip
-        return Factor(array, (*index_axes, *(d if d == RANK else place[d] for d in kept)))
+        return factor.now(array, (*index_axes, *(d if d == RANK else place[d] for d in kept)))
 
     held = [factor.dims for term in view.terms for factor in (term.a, term.b)]
     if any(picked in dims and not set(stacked) <= set(dims) for dims in held):

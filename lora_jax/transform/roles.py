@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from lora_jax.adapters.lora import Axes
-from lora_jax.transform.lift import RULES, trace_call
+from lora_jax.transform.lift import RULES, is_array, trace_call
 from lora_jax.transform.view import Source, View, is_view, plain_view
 from lora_jax.transform.walk import Walk
 from lora_jax.tree import leaves_by_path
@@ -34,8 +34,10 @@ class Uses:
     def multiplied(self, view: View, *, inputs: Sequence[int], batch: Sequence[int]) -> None:
         """Notes a product, with the view's contracted and batch axes."""
         axes = self._axes(view, set(inputs), set(batch))
-        kept = view.ndim - len(set(inputs)) - len(set(batch))
-        if (inputs and not axes.inputs) or (kept and not axes.outputs):
+        # Inserted axes, which came from none of the weight's, say nothing.
+        own = {axis for axis in range(view.ndim) if view.origin[axis]}
+        kept = own - {*inputs, *batch}
+        if (own & set(inputs) and not axes.inputs) or (kept and not axes.outputs):
             # Axes were merged and split so that an in and an out axis came out of the same ones.
             self.needs_dense("a product of mingled axes")
         else:
@@ -97,7 +99,7 @@ def find_uses(
     uses = {path: Uses(len(leaves[path].shape)) for path in paths}
     trace = trace_call(fn, (params, *args), kwargs)
     # The leaves of `params` that are arrays are the first of the trace's arrays, in order.
-    names = [path for path, leaf in leaves.items() if hasattr(leaf, "shape")]
+    names = [path for path, leaf in leaves.items() if is_array(leaf)]
 
     def follow(*arrays: Any) -> None:
         values = list(arrays)

@@ -15,7 +15,7 @@ import jax
 from jax import lax
 
 from lora_jax.transform import compat
-from lora_jax.transform.view import RANK, Factor, View
+from lora_jax.transform.view import RANK, Factor, View, holding
 from lora_jax.transform.walk import Walk
 
 Move = Callable[[Factor], Factor | None]
@@ -93,7 +93,9 @@ def without(factor: Factor, gone: set[int]) -> Factor:
     axes = tuple(axis for axis, dim in enumerate(factor.dims) if dim in gone)
     if not axes:
         return factor
-    return Factor(lax.squeeze(factor.array, axes), tuple(d for d in factor.dims if d not in gone))
+    return factor.now(
+        lax.squeeze(factor.array, axes), tuple(d for d in factor.dims if d not in gone)
+    )
 
 
 def broadcast_in_dim(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
@@ -181,7 +183,9 @@ def _regrouped(factor: Factor, groups: Groups, shape: tuple[int, ...]) -> Factor
     array = factor.array
     if order != sorted(order):
         array = array.transpose(order)
-    return Factor(array if array.shape == tuple(lengths) else array.reshape(lengths), tuple(dims))
+    return factor.now(
+        array if array.shape == tuple(lengths) else array.reshape(lengths), tuple(dims)
+    )
 
 
 def on_axes(operation: Callable[[jax.Array, int, int], jax.Array], axes: Sequence[int]) -> Move:
@@ -192,7 +196,7 @@ def on_axes(operation: Callable[[jax.Array, int, int], jax.Array], axes: Sequenc
         for axis, dim in enumerate(factor.dims):
             if dim in axes:
                 array = operation(array, axis, dim)
-        return Factor(array, factor.dims)
+        return factor.now(array)
 
     return move
 
@@ -259,15 +263,23 @@ def pad(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
         amounts[axis] = config[dim]
         return lax.pad(array, array.dtype.type(0), amounts)
 
-    # An axis that only one factor holds is padded there; zeros times anything are zeros.
-    return _structural(equation, values, on_axes(along, padded), values[0].origin)
+    if not isinstance(values[0], View):
+        return None
+    # Each padded axis in at least one factor: zeros there times anything are zeros.
+    view = holding(values[0], padded)
+    return _structural(equation, [view, *values[1:]], on_axes(along, padded), view.origin)
 
 
 def all_gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     """Shards of a weight collected inside a shard_map: of the factors that hold the axis."""
-    params = equation.params
-    if not params["tiled"]:
-        return None
+    params, (view,) = equation.params, values
+    gathered = params["all_gather_dimension"]
+    names = params["axis_name"]
+    names = set(names) if isinstance(names, tuple) else {names}
+    factors = [factor for term in view.terms for factor in (term.a, term.b)]
+    apart = any(factor.split & names and gathered not in factor.dims for factor in factors)
+    if not params["tiled"] or apart:
+        return None  # Each shard has a factor of its own: what is gathered has no common one.
     move = on_axes(
         lambda array, axis, _: lax.all_gather(
             array,
@@ -276,7 +288,7 @@ def all_gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None
             tiled=True,
             axis_index_groups=params["axis_index_groups"],
         ),
-        (params["all_gather_dimension"],),
+        (gathered,),
     )
     return _structural(equation, values, move, values[0].origin)
 

@@ -9,7 +9,7 @@ be computed from the factors without ever forming `A B`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -33,14 +33,20 @@ class Factor:
     Attributes:
       array: its values.
       dims: for each axis of `array`, the view's axis that it is, or `RANK`.
+      split: mesh axes over which a shard_map splits it.
     """
 
     array: Any
     dims: tuple[int, ...] = dataclasses.field(metadata=_static)
+    split: frozenset[str] = dataclasses.field(default=frozenset(), metadata=_static)
+
+    def now(self, array: Any, dims: tuple[int, ...] | None = None) -> Factor:
+        """The factor after a change: another array, and other axes of the view if given."""
+        return Factor(array, self.dims if dims is None else dims, self.split)
 
     def renamed(self, new: Callable[[int], int]) -> Factor:
         """The same array, each axis of the view under its new number."""
-        return Factor(self.array, tuple(d if d == RANK else new(d) for d in self.dims))
+        return self.now(self.array, tuple(d if d == RANK else new(d) for d in self.dims))
 
 
 @jax.tree_util.register_dataclass
@@ -129,7 +135,7 @@ def view_of(weight: Any, slot: int) -> Any:
         return weight
     inner = view_of(weight.base, slot)
     if isinstance(weight.update, Whole):
-        return weight.update.value
+        return weight.update.value.astype(weight.dtype)
     view = inner if is_view(inner) else plain_view(inner, Source(slot, weight.path))
     term = _term(weight.update, weight.dropout_key)
     return dataclasses.replace(view, terms=(*view.terms, term))
@@ -157,6 +163,24 @@ def _term(update: Any, key: jax.Array | None) -> Term:
         scale=update.scale,
         rate=update.dropout_rate,
     )
+
+
+def holding(view: View, axes: Iterable[int]) -> View:
+    """The same view, with each of `axes` in a factor of every term.
+
+    An axis that a reshape or a broadcast inserted is in none, which is right as long as nothing but
+    the copies themselves depends on it. Here A gets the copies.
+    """
+
+    def one(term: Term) -> Term:
+        a = term.a
+        for axis in axes:
+            if axis not in (*a.dims, *term.b.dims):
+                array = jnp.broadcast_to(a.array, (view.shape[axis], *a.array.shape))
+                a = a.now(array, (axis, *a.dims))
+        return dataclasses.replace(term, a=a)
+
+    return dataclasses.replace(view, terms=tuple(map(one, view.terms)))
 
 
 def named(factor: Factor, name: Callable[[int], str], dtype: Any, *, rank: str = "rank") -> Named:

@@ -89,7 +89,8 @@ class Walk:
         if value.source.uses is not None:
             value.source.uses.needs_dense(place)
             return value.base
-        if not self.allow_dense:
+        # What is no parameter is a weight's cotangent, which the user's own rule wants dense.
+        if value.source.slot >= 0 and not self.allow_dense:
             raise ValueError(
                 f"{value.source.path}: {place} needs the adapted weight as one dense array of "
                 f"shape {value.shape} and dtype {np.dtype(value.dtype).name}, since there is no "

@@ -379,6 +379,56 @@ def squeezed_and_moved():
     return with_w(lambda w, x: jnp.moveaxis(x @ jnp.squeeze(w[:, :, :1], 2), 0, 1), 6, 8, 3)
 
 
+@case("in, out")
+def array_less_the_weight():
+    noise = normal("noise", 6, 8)
+    return with_w(lambda w, x: x @ (noise.astype(w.dtype) - w), 6, 8)
+
+
+@case("in, out")
+def inserted_axis_padded():
+    """Padding an axis that no factor holds pads the update with zeros, not with copies."""
+    wide = lambda w: jnp.pad(w[None], ((1, 1), (0, 0), (0, 0)))  # noqa: E731
+    return with_w(lambda w, x: jnp.einsum("bi,lio->lbo", x, wide(w)), 6, 8)
+
+
+@case({"a": "out, in", "b": "in, out"})
+def copies_of_both_weights_contracted():
+    params = {"a": normal("a", 6, 8), "b": normal("b", 8, 7)}
+
+    def fn(p, x):
+        a, b = jnp.broadcast_to(p["a"], (4, 6, 8)), jnp.broadcast_to(p["b"], (4, 8, 7))
+        return x @ jnp.einsum("kio,koj->ij", a, b)
+
+    return fn, params, (X,)
+
+
+@case("in, out")
+def conv_of_an_inserted_axis_strided():
+    image = normal("image", 2, 2, 6)
+    numbers = ("NWC", "WIO", "NWC")
+
+    def fn(w, x):
+        one = lax.conv_general_dilated(x, w[None], (2,), "SAME", dimension_numbers=numbers)
+        three = jnp.broadcast_to(w, (3, 6, 8))
+        return one, lax.conv_general_dilated(x, three, (1,), ((2, 1),), dimension_numbers=numbers)
+
+    return with_w(fn, 6, 8, args=(image,))
+
+
+@case("in, out")
+def embedding_with_padding_ids():
+    """Ids beyond the table give a filler, to which the adapter adds nothing."""
+    ids = jnp.array([0, 7, 3, 100])
+
+    def fn(w, ids):
+        rows = jnp.take(w, ids, axis=0)
+        filled = jnp.take(w, ids, axis=0, mode="fill", fill_value=2.0)
+        return jnp.where((ids < 9)[:, None], rows, 0), filled
+
+    return with_w(fn, 9, 6, args=(ids,))
+
+
 # Control flow.
 
 
@@ -525,6 +575,25 @@ def custom_vjp():
         return einsum_layer(jnp.tanh(einsum_layer(x, w, s)), w, s)
 
     return with_w(fn, 6, 6, args=(X, jnp.float32(0.7)))
+
+
+@jax.custom_vjp
+def reworked_layer(x, w):
+    return x @ w
+
+
+def _reworked(x, g):
+    """A weight gradient that is worked on after the product."""
+    dw = (x.T @ g) * jnp.arange(1, g.shape[1] + 1, dtype=g.dtype)
+    return jnp.zeros_like(x), dw.reshape(-1).reshape(dw.shape) + jnp.asarray(1e-2, g.dtype)
+
+
+reworked_layer.defvjp(lambda x, w: (x @ w, x), _reworked)
+
+
+@case("in, out", jax_cannot=("jvp",))
+def custom_vjp_that_reworks_its_product():
+    return with_w(lambda w, x: reworked_layer(x, w), 6, 8)
 
 
 @case("batch, in, out", jax_cannot=("jvp",))

@@ -74,6 +74,17 @@ def test_a_returned_weight_comes_back_as_it_went_in():
     assert returned["w"] is tree["w"]
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: jax.jit(jax.jit(f))])
+def test_returned_through_a_nested_function_it_is_the_same(wrap):
+    fn = wrap(lambda p, x: (x @ p["w"], p))
+    params = {"w": normal("w", 6, 8), "b": jnp.ones(8)}
+    config = lora.LoraConfig(rank=2, targets="w", trainable="b")
+    tree = lora.combine(params, lora.init(KEY, config, fn, params, X))
+    outer = jax.jit(lora.lift(fn))(tree, X)[1]
+    assert jax.tree.structure(outer) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, outer, tree)
+
+
 def test_a_returned_view_of_a_weight_is_refused():
     fn = lambda w, x: (x @ w, w.T)  # noqa: E731
     w = normal("w", 6, 8)
@@ -116,3 +127,34 @@ def test_a_stopped_gradient_stays_stopped():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, want
     )  # fmt: skip
+
+
+def identity_layer():
+    @jax.custom_vjp
+    def layer(x, w):
+        return x @ w
+
+    layer.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+    return layer
+
+
+def test_dropout_in_a_custom_vjp_is_refused():
+    layer = identity_layer()
+    fn = lambda p, x: layer(x, p["w"])  # noqa: E731
+    params = {"w": normal("w", 6, 8)}
+    config = lora.LoraConfig(rank=2, targets="w", dropout_rate=0.1)
+    adapter = lora.init(KEY, config, fn, params, X)
+    lora.lift(fn)(lora.combine(params, adapter), X)
+    with pytest.raises(ValueError, match=r"^w: .*test_dense.*adapter dropout has no meaning"):
+        lora.lift(fn)(lora.combine(params, adapter, dropout_key=KEY), X)
+
+
+def test_a_scalar_on_the_way_into_a_custom_vjp_gets_its_gradient():
+    layer = identity_layer()
+    fn = lambda p, x: layer(x, p["w"] * p["s"])  # noqa: E731
+    params = {"w": normal("w", 6, 8), "s": jnp.float32(1.3)}
+    config = lora.LoraConfig(rank=2, targets="w", trainable="s")
+    adapter = random_like(lora.init(KEY, config, fn, params, X))
+    got = jax.grad(lambda a: jnp.sin(lora.lift(fn)(lora.combine(params, a), X)).sum())(adapter)
+    want = jax.grad(lambda a: jnp.sin(fn(lora.merge(params, a), X)).sum())(adapter)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)

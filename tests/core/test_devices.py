@@ -85,3 +85,19 @@ def test_pmap_over_the_batch():
     tree, want = adapted(fn)
     got = jax.pmap(lora.lift(fn), in_axes=(None, 0))(tree, X.reshape(4, 2, 16))
     np.testing.assert_allclose(got.reshape(8, -1), want, rtol=1e-4, atol=1e-5)
+
+
+def test_gathering_rows_whose_columns_are_split_is_refused():
+    """Every shard has a B of its own then, and the gathered rows have none in common."""
+
+    def fn(w, x):
+        product = lambda w, x: x @ lax.all_gather(w, "model", axis=0, tiled=True)  # noqa: E731
+        inside = jax.shard_map(
+            product, mesh=mesh(4), in_specs=(P(None, "model"), P()), out_specs=P(), check_vma=False
+        )
+        return inside(w, jnp.concatenate([x] * 4, 1))
+
+    both = lambda w, x: fn(w, x).sum() + (x @ w).sum()  # noqa: E731
+    tree, _ = adapted(both)
+    with pytest.raises(ValueError, match="all_gather"):
+        lora.lift(both)(tree, X)

@@ -185,3 +185,13 @@ def test_trainable_needs_values():
     tree = jax.eval_shape(params)
     with pytest.raises(ValueError, match=r"first/bias: trained whole.*abstract"):
         lora.init(KEY, lora.LoraConfig(rank=2, trainable="*/bias"), fn, tree, X)
+
+
+@pytest.mark.parametrize("shape", [(6, 1), (1, 6)])
+def test_sides_of_one_survive_reshapes(shape):
+    def fn(w, x):
+        return jnp.einsum("ni,iab->nab", x[:, :6], w.reshape(6, 1, 1))
+
+    config = lora.LoraConfig(rank=1, targets="*")
+    (update,) = lora.init(KEY, config, fn, jnp.ones(shape), X).values()
+    assert update.axes.inputs == ((0,) if shape[0] == 6 else (1,))

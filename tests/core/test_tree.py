@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -159,3 +162,40 @@ def test_linear_combinations_of_stacked_layers_merge_under_jit():
     adapter = random_like(adapter)
     got = jax.jit(lambda p, a: fn(lora.merge(p, a), x))(params, adapter)
     np.testing.assert_allclose(got, fn(lora.merge(params, adapter), x), rtol=1e-5, atol=1e-5)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    params = {"a": {"b": jnp.ones((8, 8))}, "a/b": jnp.ones((8, 8))}
+    with pytest.raises(ValueError, match="Two parameters have the path 'a/b'"):
+        lora.init(KEY, lora.LoraConfig(rank=2), lambda p, x: x @ p["a/b"], params, jnp.ones((1, 8)))
+
+
+def test_paths_end_in_a_variable_but_keep_attributes_named_value():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Attention:
+        query: jax.Array
+        value: jax.Array
+
+    plain = Attention(jnp.ones(2), jnp.ones(2))
+    assert [path for path, _ in lora.tree.flatten({"a": plain})[0]] == ["a/query", "a/value"]
+    state = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+    assert sorted(path for path, _ in lora.tree.flatten(state)[0]) == ["bias", "kernel"]
+
+
+def test_a_whole_leaf_takes_the_bases_dtype():
+    fn, params, x, _ = two_layers()
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    config = lora.LoraConfig(rank=2, targets="a", trainable="b")
+    adapter = lora.init(KEY, config, fn, half, x.astype(jnp.bfloat16))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapter)
+    out = lora.lift(fn)(lora.combine(half, wide), x.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+
+
+def test_merging_onto_an_adapted_tree_adds_both():
+    _, params, _, adapter = two_layers()
+    one, two = random_like(adapter, seed=1), random_like(adapter, seed=2)
+    got = lora.merge(lora.combine(params, one), two)
+    want = lora.merge(lora.merge(params, one), two)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
