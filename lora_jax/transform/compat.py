@@ -73,11 +73,12 @@ def jit_shardings(params: dict[str, Any]) -> tuple[list[Any], list[Any]]:
 
 def shard_map_params(params: dict[str, Any]) -> dict[str, Any]:
     """A shard_map equation's parameters, as `jax.shard_map` takes them."""
+    manual = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"  # 0.10.0
     return {
         "mesh": params["mesh"],
         "in_specs": tuple(params["in_specs"]),
         "out_specs": tuple(params["out_specs"]),
-        "axis_names": set(params["newly_manual_axes"]),
+        "axis_names": set(params[manual]),
         "check_vma": params["check_vma"],
     }
 
