@@ -81,11 +81,6 @@ def is_virtual(node: Any) -> bool:
     return isinstance(node, VirtualWeight)
 
 
-def is_update(node: Any) -> bool:
-    """Whether a tree's node is one weight's update."""
-    return isinstance(node, Update)
-
-
 def flatten(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:
     """Leaves with their paths, keys joined with "/", and the tree's structure.
 

@@ -83,11 +83,10 @@ def lift(fn: Callable[P, T], *, dense: Literal["error", "allow"] = "error") -> C
         values = [view_of(leaf, slot) for slot, leaf in enumerate(trace.arrays)]
         walk = Walk(RULES, allow_dense=dense == "allow")
         outputs = walk.run(trace.jaxpr, trace.consts, values)
-        forwarded = [_forwarded(trace.jaxpr, var) for var in trace.jaxpr.outvars]
         return trace.result(
             [
                 walk.array(out, "returning it") if place is None else trace.arrays[place]
-                for out, place in zip(outputs, forwarded, strict=True)
+                for out, place in zip(outputs, _forwarded(trace.jaxpr), strict=True)
             ]
         )
 
@@ -137,25 +136,18 @@ def trace_call(fn: Callable[..., Any], args: Any, kwargs: Any) -> Trace:
     return Trace(jaxpr, consts, arrays, result)
 
 
-def _forwarded(jaxpr: Any, var: Any) -> int | None:
-    """Which input an output is, unchanged, be it through nested functions; or None."""
-    inputs = {given: place for place, given in enumerate(jaxpr.invars)}
-    made = {out: equation for equation in jaxpr.eqns for out in equation.outvars}
-    while not isinstance(var, core.Literal) and var not in inputs:
-        equation = made.get(var)
-        if equation is None or equation.primitive.name not in (
-            "jit",
-            "pjit",
-            "remat2",
-            "checkpoint",
-        ):
-            return None
+def _forwarded(jaxpr: Any) -> list[int | None]:
+    """Which input each output is, unchanged, be it through nested functions; None if it is none."""
+    places = {var: place for place, var in enumerate(jaxpr.invars)}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name not in _WRAPPERS:
+            continue
         inner, _ = compat.open_jaxpr(equation.params["jaxpr"])
-        place = _forwarded(inner, inner.outvars[equation.outvars.index(var)])
-        if place is None:
-            return None
-        var = equation.invars[place]
-    return None if isinstance(var, core.Literal) else inputs[var]
+        for out, place in zip(equation.outvars, _forwarded(inner), strict=True):
+            given = None if place is None else equation.invars[place]
+            if not isinstance(given, core.Literal) and given in places:
+                places[out] = places[given]
+    return [None if isinstance(var, core.Literal) else places.get(var) for var in jaxpr.outvars]
 
 
 def is_array(leaf: Any) -> bool:

@@ -157,7 +157,7 @@ def test_summary_counts():
     assert str(lora.summary(abstract, adapter)) == str(summary)
 
 
-def test_linear_combinations_of_stacked_layers_merge_under_jit():
+def test_merging_under_jit():
     fn, params, x, adapter = two_layers()
     adapter = random_like(adapter)
     got = jax.jit(lambda p, a: fn(lora.merge(p, a), x))(params, adapter)
