@@ -8,6 +8,9 @@ from lora_jax.merging import merge as merge
 from lora_jax.merging import switch as switch
 from lora_jax.merging import unmerge as unmerge
 from lora_jax.optim import adapter_only as adapter_only
+from lora_jax.quantization.quantize import dequantize as dequantize
+from lora_jax.quantization.quantize import quantize as quantize
+from lora_jax.quantization.quantized import Quantized as Quantized
 from lora_jax.summaries import Summary as Summary
 from lora_jax.summaries import summary as summary
 from lora_jax.transform.lift import lift as lift

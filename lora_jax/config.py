@@ -186,6 +186,11 @@ def matches(path: str, pattern: str) -> bool:
 def select(paths: Iterable[str], patterns: Iterable[str], *, field: str) -> list[str]:
     """The paths that any of the patterns matches, in the order of `paths`.
 
+    Args:
+      paths: those there are.
+      patterns: globs.
+      field: what the patterns are the value of, for the message.
+
     Raises:
       ValueError: a pattern matches no path; the nearest ones are shown.
     """
@@ -194,7 +199,7 @@ def select(paths: Iterable[str], patterns: Iterable[str], *, field: str) -> list
         if not any(matches(path, pattern) for path in paths):
             near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0.3) or paths[:5]
             raise ValueError(
-                f"LoraConfig.{field}: the pattern {pattern!r} matches none of the {len(paths)} "
+                f"{field}: the pattern {pattern!r} matches none of the {len(paths)} "
                 f"parameters. Nearest paths: {', '.join(near) or '(the tree is empty)'}. "
                 "Patterns are matched against the whole path; `*` crosses '/'."
             )

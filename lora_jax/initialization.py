@@ -64,7 +64,7 @@ def init(
     """
     leaves = leaves_by_path(params)
     floating = {path: leaf for path, leaf in leaves.items() if _is_floating(leaf)}
-    whole = select(floating, config.trainable, field="trainable")
+    whole = select(floating, config.trainable, field="LoraConfig.trainable")
     targets = _targets(config, floating)
     if both := [path for path in targets if path in whole and config.targets != ALL_LINEAR]:
         raise ValueError(
@@ -74,7 +74,7 @@ def init(
     targets = [path for path in targets if path not in whole]
     uses = find_uses(fn, params, args, kwargs, targets)
     if config.targets == ALL_LINEAR:
-        targets = [path for path in targets if _is_linear(uses[path])]
+        targets = [path for path in targets if uses[path].is_linear]
         if not targets:
             raise ValueError(
                 'LoraConfig.targets="all-linear": the function multiplies with none of the '
@@ -93,15 +93,15 @@ def init(
 
 
 def _targets(config: LoraConfig, leaves: dict[str, Any]) -> list[str]:
-    excluded = select(leaves, config.exclude, field="exclude")
+    excluded = select(leaves, config.exclude, field="LoraConfig.exclude")
     if config.targets == ALL_LINEAR:
         chosen = [path for path, leaf in leaves.items() if len(leaf.shape) >= 2]
     elif callable(config.targets):
         chosen = [path for path, leaf in leaves.items() if config.targets(path, leaf)]
     else:
-        chosen = select(leaves, config.targets, field="targets")
+        chosen = select(leaves, config.targets, field="LoraConfig.targets")
     for pattern, _ in config.overrides:
-        select(leaves, [pattern], field="overrides")
+        select(leaves, [pattern], field="LoraConfig.overrides")
     chosen = [path for path in chosen if path not in excluded]
     if not chosen and config.targets != ALL_LINEAR:
         raise ValueError(
@@ -113,11 +113,6 @@ def _targets(config: LoraConfig, leaves: dict[str, Any]) -> list[str]:
 
 def _is_floating(leaf: Any) -> bool:
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_linear(uses: Uses) -> bool:
-    axes = uses.axes
-    return axes is not None and not uses.lookups and bool(axes.inputs) and bool(axes.outputs)
 
 
 def _copy(path: str, leaf: Any) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -30,6 +30,43 @@ class VirtualWeight(abc.ABC):
     @abc.abstractmethod
     def dtype(self) -> Any:
         """The dtype of the array it stands for."""
+
+
+class Packed(VirtualWeight):
+    """A frozen weight that is stored in another form than an array.
+
+    It is formed where it is multiplied with, and formed again in the backward pass.
+    """
+
+    @property
+    @abc.abstractmethod
+    def batch(self) -> tuple[int, ...]:
+        """Axes that can be cut without forming the weight."""
+
+    @abc.abstractmethod
+    def form(self, dtype: Any = None) -> jax.Array:
+        """The weight as one dense array, by default in the dtype that it is multiplied in."""
+
+    @abc.abstractmethod
+    def transposed(self, permutation: Sequence[int]) -> Packed:
+        """The same weight, its axes in another order."""
+
+    @abc.abstractmethod
+    def along_batch(
+        self, axis: int, function: Callable[[jax.Array, int], jax.Array], size: int | None
+    ) -> Packed:
+        """`function(array, axis of the array)` done to every array along one batch axis.
+
+        The axis has `size` elements afterwards, or is gone if that is None.
+        """
+
+    @abc.abstractmethod
+    def picked(self, axis: int, indices: jax.Array, *, mode: str) -> Packed | None:
+        """The weight at some indices along an axis, in front; None where it must be formed."""
+
+    @abc.abstractmethod
+    def again(self, array: jax.Array) -> Packed:
+        """Another array, stored in the same way."""
 
 
 class Update(abc.ABC):

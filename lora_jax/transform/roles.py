@@ -59,6 +59,12 @@ class Uses:
         """
         return next(iter([*self.lookups, *self.products]), None)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the function multiplies with the weight, and never looks up its rows."""
+        axes = self.axes
+        return axes is not None and not self.lookups and bool(axes.inputs and axes.outputs)
+
     def _axes(self, view: View, inputs: set[int], batch: set[int]) -> Axes:
         """The original axes' roles, from those of the view's axes.
 
