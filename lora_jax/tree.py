@@ -35,8 +35,11 @@ class VirtualWeight(abc.ABC):
 class Packed(VirtualWeight):
     """A frozen weight that is stored in another form than an array.
 
-    It is formed where it is multiplied with, and formed again in the backward pass.
+    It is formed where it is multiplied with, and formed again in the backward pass. Subclasses have
+    a static field `path`: where in the parameter tree the weight stands.
     """
+
+    path: str
 
     @property
     @abc.abstractmethod
@@ -61,8 +64,30 @@ class Packed(VirtualWeight):
         """
 
     @abc.abstractmethod
+    def stacked(self, arrays: Sequence[jax.Array]) -> Packed:
+        """A stack of such weights: its arrays in order, each with a new axis 0, a batch axis."""
+
+    @abc.abstractmethod
     def picked(self, axis: int, indices: jax.Array, *, mode: str) -> Packed | None:
         """The weight at some indices along an axis, in front; None where it must be formed."""
+
+    @abc.abstractmethod
+    def partition(self, spec: Any, shape: tuple[int, ...] | None = None) -> Packed | None:
+        """The weight with a partition in place of each array, for a partition of its axes.
+
+        Args:
+          spec: a `PartitionSpec` of the weight's axes.
+          shape: of one device's part, to ask for parts that each device can form from its own
+            arrays; None is the answer where that is not possible.
+        """
+
+    @abc.abstractmethod
+    def part(self, shape: tuple[int, ...]) -> Packed:
+        """One device's part, whose shape is given and whose arrays are in place already."""
+
+    @abc.abstractmethod
+    def unnested(self) -> Packed:
+        """The same weight in a form whose arrays can be cut along its axes."""
 
     @abc.abstractmethod
     def again(self, array: jax.Array) -> Packed:

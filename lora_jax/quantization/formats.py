@@ -92,23 +92,31 @@ def nearest(scaled: Float[Array, "..."], codes: tuple[float, ...]) -> UInt8[Arra
 
 
 def lookup(index: UInt8[Array, "..."], values: tuple[Any, ...], dtype: Any) -> Array:
-    """`values[index]` for 16 values, as a tree of selects on the index's bits.
+    """`values[index]` for 16 values: a tree of selects on the index's bits, or on a CPU a table.
 
-    A gather of single elements is slow on a TPU, which has no instruction for it, and it would not
-    be fused into the product that wants the result: compiled for TPU v5e, a table of 16 makes
+    A gather of single elements is slow on a TPU, which has no instruction for it, and it is not
+    fused into the product that wants the result: compiled for TPU v5e, a table of 16 makes
     12 times and a table of 256 pairs 280 times the memory traffic of the selects, which the
-    product takes in without any temporary. On a CPU the selects are vectorized and no slower
-    than a table (`benchmarks/dequantization.py`). Arithmetic (a polynomial in the bits) costs more
-    operations than the 15 selects and is not exact.
+    product takes in without any temporary. A CPU reads a table faster than it selects; and inside
+    of a loop XLA would keep 16 constants of the weight's size for the selects. Arithmetic (a
+    polynomial in the bits) costs more operations than the 15 selects and is not exact.
+    Measured by `benchmarks/dequantization.py`.
     """
-    chosen: list[Any] = [np.asarray(value, dtype) for value in values]
-    for bit in range(int(math.log2(len(values)))):
-        is_set = (index & np.uint8(1 << bit)) != 0
-        chosen = [
-            jnp.where(is_set, high, low)
-            for low, high in zip(chosen[::2], chosen[1::2], strict=True)
-        ]
-    return chosen[0]
+
+    def selects(index: jax.Array) -> jax.Array:
+        chosen: list[Any] = [np.asarray(value, dtype) for value in values]
+        for bit in range(int(math.log2(len(values)))):
+            is_set = (index & np.uint8(1 << bit)) != 0
+            chosen = [
+                jnp.where(is_set, high, low)
+                for low, high in zip(chosen[::2], chosen[1::2], strict=True)
+            ]
+        return chosen[0]
+
+    def table(index: jax.Array) -> jax.Array:
+        return jnp.asarray(values, dtype).at[index].get(mode="promise_in_bounds")
+
+    return jax.lax.platform_dependent(index, cpu=table, default=selects)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lora_jax.adapters.lora import Axes
@@ -164,6 +165,19 @@ class Quantized(Packed):
         axes = Axes(*(tuple(a - (a > axis) for a in group if a != axis) for group in groups))
         return changed._now(axes, tuple(shape))
 
+    def stacked(self, arrays: Sequence[Any]) -> Quantized:
+        """A stack of such weights along a new batch axis 0.
+
+        Args:
+          arrays: in the order of the weight's own, each with the new axis in front.
+        """
+        changed = jax.tree.unflatten(jax.tree.structure(self), arrays)
+        batch, inputs, outputs = (
+            tuple(axis + 1 for axis in group) for group in dataclasses.astuple(self.axes)
+        )
+        shape = (arrays[0].shape[0], *self.shape)
+        return changed._now(Axes((0, *batch), inputs, outputs), shape)
+
     def picked(self, axis: int, indices: jax.Array, *, mode: str) -> Quantized | None:
         """The weight at some indices along a batch or out axis, without forming the rest.
 
@@ -200,6 +214,38 @@ class Quantized(Packed):
             return self
         format = dataclasses.replace(self.format, double_quant=False)
         return dataclasses.replace(self, scales=self.scale_values(), nested=None, format=format)
+
+    def partition(self, spec: Any, shape: tuple[int, ...] | None = None) -> Quantized | None:
+        """The weight with a `PartitionSpec` in place of each array.
+
+        Codes and scales follow the weight's axes, the flattened in axis the first of them; scales
+        of scales follow the batch axes alone.
+
+        Args:
+          spec: the partition of the weight's axes.
+          shape: of one device's part. Given, the answer is None unless each device can form its
+            part from its own arrays: whole blocks, and scales that are not nested.
+        """
+        parts = dict(enumerate(spec))
+        batch, inputs, outputs = ([parts.get(a) for a in g] for g in dataclasses.astuple(self.axes))
+        along, *others = inputs
+        if shape is not None:
+            length = math.prod(shape[axis] for axis in self.axes.inputs)
+            whole = not self.format.in_four_bits or length % self.format.block_size == 0
+            if self.nested is not None or any(others) or (along is not None and not whole):
+                return None
+        blocks = along if self.format.in_four_bits else None
+        nested = self.nested and Nested(PartitionSpec(*batch, None), PartitionSpec(*batch))  # type: ignore
+        return dataclasses.replace(
+            self,
+            codes=PartitionSpec(*batch, along, *outputs),
+            scales=PartitionSpec(*batch, *outputs, blocks),
+            nested=nested,
+        )
+
+    def part(self, shape: tuple[int, ...]) -> Quantized:
+        """One device's part of the weight, with that part's shape."""
+        return self._now(self.axes, shape)
 
     def again(self, array: Any) -> Quantized:
         """Another array of this shape, quantized in the same way.

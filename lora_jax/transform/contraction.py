@@ -11,6 +11,7 @@ from jax import lax
 
 from lora_jax.transform import compat
 from lora_jax.transform.einsum import Named, multiply
+from lora_jax.transform.stored import multiplied
 from lora_jax.transform.view import RANK, Factor, Term, View, dropped, holding, named
 from lora_jax.transform.walk import Walk
 
@@ -30,15 +31,23 @@ def dot_general(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | Non
         lhs = holding(lhs, contract[0])  # Copies on both sides are summed over, too.
     aval = equation.outvars[0].aval
     sizes = dict(zip(out_names, aval.shape, strict=True))
+
+    def bind(left: Any, right: Any) -> jax.Array:
+        return compat.bind(equation, [left, right])[0]
+
+    def low_rank(left: Any, right: Any) -> jax.Array:
+        return _product(
+            (left, lhs_names, lhs.dtype), (right, rhs_names, rhs.dtype),
+            out_names, sizes, params["precision"], aval.dtype,
+        )  # fmt: skip
+
     total = None
     for left, right in itertools.product(_parts(lhs), _parts(rhs)):
         if not isinstance(left, Term) and not isinstance(right, Term):
-            part = compat.bind(equation, [left, right])[0]
+            product = bind
         else:
-            part = _product(
-                (left, lhs_names, lhs.dtype), (right, rhs_names, rhs.dtype),
-                out_names, sizes, params["precision"], aval.dtype,
-            )  # fmt: skip
+            product = low_rank
+        part = multiplied(product, left, right)
         total = part if total is None else total + part
     return [jnp.zeros(aval.shape, aval.dtype) if total is None else total]
 
@@ -118,7 +127,8 @@ def ragged_dot(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None
     aval = equation.outvars[0].aval
     total = jnp.zeros(aval.shape, aval.dtype)
     if weight.base is not None:
-        total = compat.bind(equation, [lhs, weight.base, sizes])[0]
+        bind = lambda *inputs: compat.bind(equation, list(inputs))[0]  # noqa: E731
+        total = multiplied(bind, lhs, weight.base, sizes)
     for term in weight.terms:
         first, second = (term.a, term.b) if weight_k in term.a.dims else (term.b, term.a)
         if set(first.dims) != {group, weight_k, RANK} or set(second.dims) != {

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from lora_jax.transform import compat
 from lora_jax.transform.elementwise import constrain, factor_spec
+from lora_jax.transform.stored import Stored, stackable, unstacked
 from lora_jax.transform.view import Factor, Term, View, is_view
 from lora_jax.transform.walk import Walk
 
@@ -124,22 +125,24 @@ def scan(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
     params = equation.params
     n_consts, n_carry = compat.scan_counts(params)
     consts, init = values[:n_consts], values[n_consts : n_consts + n_carry]
-    unstacked = [_unstack(value) for value in values[n_consts + n_carry :]]
-    stacks = [stack for stack, _ in unstacked]
+    place = walk.place(equation)
+    apart = [_unstack(walk, value, place) for value in values[n_consts + n_carry :]]
+    stacks = [stack for stack, _ in apart]
     jaxpr, jaxpr_consts = compat.open_jaxpr(params["jaxpr"])
     restack: list[Callable[[Any], Any]] = []
 
     def step(carry: list[Any], slices: list[Any]) -> list[Any]:
-        layer = [rebuild(s) for (_, rebuild), s in zip(unstacked, slices, strict=True)]
+        layer = [rebuild(s) for (_, rebuild), s in zip(apart, slices, strict=True)]
         return walk.run(jaxpr, jaxpr_consts, [*consts, *carry, *layer])
 
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), stacks)
     place = walk.place(equation, "a carried value of ")
+    stacked = walk.place(equation, "an output of ")
     init, settle = _steady(walk, lambda carry, s: step(carry, s)[:n_carry], init, place, one)
 
     def body(carry: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
         outputs = step(carry, slices)
-        stackable = [_stackable(output) for output in outputs[n_carry:]]
+        stackable = [_stackable(walk, output, stacked) for output in outputs[n_carry:]]
         restack[:] = [build for _, build in stackable]
         return settle(outputs[:n_carry]), [piece for piece, _ in stackable]
 
@@ -150,10 +153,16 @@ def scan(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
     return [*carry, *(build(y) for build, y in zip(restack, ys, strict=True))]
 
 
-def _unstack(value: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _unstack(walk: Walk, value: Any, place: str) -> tuple[Any, Callable[[Any], Any]]:
     """What `scan` slices along axis 0, and how a slice becomes a value or view again."""
     if not isinstance(value, View):
         return value, lambda piece: piece
+    stack, base_of = value.base, lambda piece: piece
+    if isinstance(value.base, Stored):
+        pieces = unstacked(value.base)
+        if pieces is None:
+            return walk.array(value, place), lambda piece: piece
+        stack, base_of = pieces
     factors, build = _take_apart(value)
     held = [0 in factor.dims for factor in factors]
     arrays = [_to_front(f) for f, mine in zip(factors, held, strict=True) if mine]
@@ -169,10 +178,10 @@ def _unstack(value: Any) -> tuple[Any, Callable[[Any], Any]]:
             for factor, mine in zip(factors, held, strict=True)
         ]
         return dataclasses.replace(
-            build(parts), base=base, shape=value.shape[1:], origin=value.origin[1:]
+            build(parts), base=base_of(base), shape=value.shape[1:], origin=value.origin[1:]
         )
 
-    return (value.base, arrays), rebuild
+    return (stack, arrays), rebuild
 
 
 def _to_front(factor: Factor) -> Any:
@@ -181,10 +190,16 @@ def _to_front(factor: Factor) -> Any:
     return factor.array.transpose([at, *rest]) if at else factor.array
 
 
-def _stackable(value: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _stackable(walk: Walk, value: Any, place: str) -> tuple[Any, Callable[[Any], Any]]:
     """What `scan` stacks for a value, and how the stack becomes a value or view again."""
     if not isinstance(value, View):
         return value, lambda stack: stack
+    pieces, base_of = value.base, lambda stack: stack
+    if isinstance(value.base, Stored):
+        apart = stackable(value.base)
+        if apart is None:
+            return walk.array(value, place), lambda stack: stack
+        pieces, base_of = apart
     # A gain would become one for each layer: it goes into A, where it is the same for all rows.
     terms = tuple(map(_without_gain, value.terms))
     value = dataclasses.replace(value, terms=terms)
@@ -193,16 +208,16 @@ def _stackable(value: Any) -> tuple[Any, Callable[[Any], Any]]:
 
     def rebuild(stack: Any) -> View:
         base, arrays = stack
-        length = arrays[0].shape[0] if base is None else base.shape[0]
+        length = jax.tree.leaves(stack)[0].shape[0]
         parts = [f.now(array, own) for f, array, own in zip(factors, arrays, dims, strict=True)]
         return dataclasses.replace(
             build(parts),
-            base=base,
+            base=base_of(base),
             shape=(length, *value.shape),
             origin=(frozenset(), *value.origin),
         )
 
-    return (value.base, [factor.array for factor in factors]), rebuild
+    return (pieces, [factor.array for factor in factors]), rebuild
 
 
 def _without_gain(term: Term) -> Term:
@@ -263,6 +278,10 @@ def shard_map(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
     place = walk.place(equation, "an output of ")
     locals_ = [tuple(var.aval.shape) for var in jaxpr.invars]
     in_specs = params.pop("in_specs")
+    values = [
+        _parted(walk, value, spec, shape, walk.place(equation))
+        for value, spec, shape in zip(values, in_specs, locals_, strict=True)
+    ]
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         inside = [
@@ -276,6 +295,16 @@ def shard_map(walk: Walk, equation: Any, values: list[Any]) -> list[Any]:
     return list(jax.shard_map(call, in_specs=specs, **params)(*values))
 
 
+def _parted(walk: Walk, value: Any, spec: PartitionSpec, shape: tuple[int, ...], place: str) -> Any:
+    """A value whose base, if it is stored, can be split as the spec says."""
+    if not isinstance(value, View) or not isinstance(value.base, Stored):
+        return value
+    base = Stored(value.base.weight.unnested(), value.base.steps)
+    if not base.can_be_cut or base.weight.partition(spec, shape) is None:
+        return walk.array(value, place)
+    return dataclasses.replace(value, base=base)
+
+
 def _local(view: View, shape: tuple[int, ...], spec: PartitionSpec) -> View:
     """A view inside a shard_map, whose factors know over which mesh axes they are split."""
     factors, build = _take_apart(view)
@@ -283,7 +312,10 @@ def _local(view: View, shape: tuple[int, ...], spec: PartitionSpec) -> View:
     for factor in factors:
         names = jax.tree.leaves(tuple(factor_spec(spec, factor)))
         parts.append(dataclasses.replace(factor, split=factor.split | frozenset(names)))
-    return dataclasses.replace(build(parts), shape=shape)
+    base = view.base
+    if isinstance(base, Stored):
+        base = Stored(base.weight.part(shape), base.steps)
+    return dataclasses.replace(build(parts), base=base, shape=shape)
 
 
 def _specs(value: Any, spec: PartitionSpec) -> Any:
@@ -295,7 +327,11 @@ def _specs(value: Any, spec: PartitionSpec) -> Any:
         dataclasses.replace(term, gain=None if term.gain is None else PartitionSpec())
         for term in specs.terms
     )
-    return dataclasses.replace(specs, base=None if value.base is None else spec, terms=terms)
+    base: Any = None if value.base is None else spec
+    if isinstance(value.base, Stored):
+        steps = jax.tree.map(lambda _: PartitionSpec(), value.base.steps)
+        base = Stored(value.base.weight.partition(spec), steps)  # type: ignore[arg-type]
+    return dataclasses.replace(specs, base=base, terms=terms)
 
 
 RULES = {

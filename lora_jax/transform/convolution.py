@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.transform import compat
+from lora_jax.transform.stored import multiplied
 from lora_jax.transform.view import RANK, Factor, Term, View, dropped, holding
 from lora_jax.transform.walk import Walk
 
@@ -32,7 +33,8 @@ def conv_general_dilated(walk: Walk, equation: Any, values: list[Any]) -> list[A
     aval = equation.outvars[0].aval
     total = jnp.zeros(aval.shape, aval.dtype)
     if kernel.base is not None:
-        total = compat.bind(equation, [x, kernel.base])[0]
+        bind = lambda x, kernel: compat.bind(equation, [x, kernel])[0]  # noqa: E731
+        total = multiplied(bind, x, kernel.base)
     for term in kernel.terms:
         total = total + _term(term, dropped(x, term), params).astype(aval.dtype)
     return [total]

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from lora_jax.transform import compat
 from lora_jax.transform.cotangent import weight_products
 from lora_jax.transform.einsum import Named, multiply
+from lora_jax.transform.stored import Stored
 from lora_jax.transform.view import Factor, Term, View, dense, is_view, named
 from lora_jax.transform.walk import Walk
 
@@ -67,7 +68,8 @@ def _tangent(primal: Any, tangent: Any) -> Any:
                 terms.append(dataclasses.replace(term, **{name: factor}))
         if moved.gain is not None and not zero(moved.gain):
             terms.append(dataclasses.replace(term, gain=moved.gain))
-    base = None if primal.base is None or zero(tangent.base) else tangent.base
+    frozen = primal.base is None or isinstance(primal.base, Stored)
+    base = None if frozen or zero(tangent.base) else tangent.base
     if base is None and not terms:
         return None
     return dataclasses.replace(primal, base=base, terms=tuple(terms))
@@ -185,7 +187,7 @@ def _handed_on(weight: View, cotangent: Any) -> View:
         for term in weight.terms
     )
     base = None
-    if weight.base is not None:
+    if weight.base is not None and not isinstance(weight.base, Stored):
         whole = dense(cotangent) if is_view(cotangent) else cotangent
         base = whole.astype(weight.base.dtype)
     return dataclasses.replace(weight, base=base, terms=terms)

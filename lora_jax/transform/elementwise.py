@@ -13,12 +13,13 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lora_jax.transform import compat
+from lora_jax.transform.stored import Constraint, Stored, bound
 from lora_jax.transform.view import RANK, Factor, Term, View
 from lora_jax.transform.walk import Walk
 
 
 def _with_base(view: View, equation: Any, others: list[Any]) -> View:
-    base = None if view.base is None else compat.bind(equation, [view.base, *others])[0]
+    base = None if view.base is None else bound(equation, [view.base, *others])[0]
     dtype = equation.outvars[0].aval.dtype
     return dataclasses.replace(view, base=base, dtype=jnp.dtype(dtype))
 
@@ -66,7 +67,7 @@ def add(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
         return None
     bases = [value.base if isinstance(value, View) else value for value in values]
     given = [base for base in bases if base is not None]
-    base = compat.bind(equation, given)[0] if len(given) == 2 else (given or [None])[0]
+    base = bound(equation, given)[0] if len(given) == 2 else (given or [None])[0]
     terms = [term for value in values if isinstance(value, View) for term in value.terms]
     view = left if isinstance(left, View) else right
     return [dataclasses.replace(view, base=base, terms=tuple(terms))]
@@ -82,7 +83,7 @@ def subtract(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
         return None
     plain = [value.base if isinstance(value, View) else value for value in values]
     terms = tuple(dataclasses.replace(term, scale=sign * term.scale) for term in view.terms)
-    return [dataclasses.replace(view, base=compat.bind(equation, plain)[0], terms=terms)]
+    return [dataclasses.replace(view, base=bound(equation, plain)[0], terms=terms)]
 
 
 def multiply(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
@@ -115,7 +116,7 @@ def _scaled(
     factor: Callable[[Any], Any],
 ) -> list[Any]:
     plain = [value.base if isinstance(value, View) else value for value in values]
-    base = None if view.base is None else compat.bind(equation, plain)[0]
+    base = None if view.base is None else bound(equation, plain)[0]
 
     def scale(term: Term) -> Term:
         if not isinstance(scalar, jax.Array):  # A constant of the program.
@@ -138,7 +139,10 @@ def constrain(value: Any, sharding: Any, *, base: bool = True) -> Any:
     if not isinstance(value, View):
         return lax.with_sharding_constraint(value, sharding)
     if base and value.base is not None:
-        held = lax.with_sharding_constraint(value.base, sharding)
+        if isinstance(value.base, Stored):
+            held = value.base.then(Constraint(sharding), [value.base])
+        else:
+            held = lax.with_sharding_constraint(value.base, sharding)
         value = dataclasses.replace(value, base=held)
     if not isinstance(sharding, NamedSharding):
         return value

@@ -10,9 +10,15 @@ from jax import lax
 
 from lora_jax.transform import compat
 from lora_jax.transform.einsum import Named, multiply
+from lora_jax.transform.stored import Stored, bound, rows
 from lora_jax.transform.view import RANK, Factor, View, holding, named
 from lora_jax.transform.walk import Walk
 
+_MODES = {
+    lax.GatherScatterMode.CLIP: "clip",
+    lax.GatherScatterMode.PROMISE_IN_BOUNDS: "clip",
+    lax.GatherScatterMode.FILL_OR_DROP: "fill",
+}
 _STAYS_INSIDE = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
@@ -83,7 +89,18 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     held = [factor.dims for term in view.terms for factor in (term.a, term.b)]
     if any(picked in dims and not set(stacked) <= set(dims) for dims in held):
         return None
-    base = None if view.base is None else compat.bind(equation, [view.base, indices])[0]
+    base: Any = None
+    if isinstance(view.base, Stored):
+        base = None
+        if len(numbers.start_index_map) == 1 and collapsed and params["fill_value"] is None:
+            kept = [axis for axis in range(view.ndim) if axis != picked]
+            sources = [*index_axes, *(place[axis] for axis in kept)] if not stacked else []
+            order = [sources.index(axis) for axis in range(len(sources))]
+            mode = _MODES[params["mode"]]
+            base = rows(view.base, picked, indices[..., 0], mode, order) if order else None
+        base = base or bound(equation, [view.base, indices])[0]
+    elif view.base is not None:
+        base = compat.bind(equation, [view.base, indices])[0]
     if len(whole) > 1:
         terms = tuple(term.map(pick) for term in view.terms)
         origin = [frozenset[int]()] * len(aval.shape)
@@ -96,6 +113,8 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
         ]
     if view.source.uses is not None:
         view.source.uses.looked_up(view, inputs=(picked,), batch=stacked)
+    if isinstance(base, Stored):
+        base = base.array()  # Rows are activations.
     total = jnp.zeros(aval.shape, aval.dtype) if base is None else base
     names = tuple(f"o{axis}" for axis in range(len(aval.shape)))
     lengths = dict(zip(names, aval.shape, strict=True))

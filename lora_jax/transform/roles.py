@@ -111,7 +111,7 @@ def find_uses(
         values = list(arrays)
         for slot, (name, array) in enumerate(zip(names, arrays, strict=False)):
             if name in uses:
-                values[slot] = plain_view(array, Source(slot, name, uses[name]))
+                values[slot] = plain_view(array, array, Source(slot, name, uses[name]))
         outputs = Walk(RULES).run(trace.jaxpr, trace.consts, values)
         for output in outputs:
             if is_view(output):

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from lora_jax.transform import compat
+from lora_jax.transform.stored import bound
 from lora_jax.transform.view import RANK, Factor, View, holding
 from lora_jax.transform.walk import Walk
 
@@ -61,7 +61,7 @@ def _structural(
     if not isinstance(view, View) or any(isinstance(other, View) for other in others):
         return None
     shape = tuple(equation.outvars[0].aval.shape)
-    base = None if view.base is None else compat.bind(equation, [view.base, *others])[0]
+    base = None if view.base is None else bound(equation, [view.base, *others])[0]
     return moved(view, [base], [shape], [move], [tuple(origin)])
 
 
@@ -238,7 +238,7 @@ def split(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     """One axis cut into several weights."""
     view: View = values[0]
     sizes, axis = tuple(equation.params["sizes"]), equation.params["axis"]
-    bases = [None] * len(sizes) if view.base is None else compat.bind(equation, [view.base])
+    bases = [None] * len(sizes) if view.base is None else bound(equation, [view.base])
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     moves = [
         on_axes(

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from lora_jax.adapters.lora import Lora
 from lora_jax.adapters.whole import Whole
 from lora_jax.transform.einsum import Named, multiply
-from lora_jax.tree import Adapted
+from lora_jax.transform.stored import Stored
+from lora_jax.tree import Adapted, Packed
 
 RANK = -1
 
@@ -103,7 +104,8 @@ class View:
     """A virtual weight, as the equations of a function see it.
 
     Attributes:
-      base: the frozen array; None stands for zeros (in tangents and cotangents).
+      base: the frozen array, or where it is stored in another form, that; None stands for zeros
+        (in tangents and cotangents).
       terms: low-rank updates on it.
       shape: shape of the array it stands for.
       dtype: dtype of the array it stands for.
@@ -111,7 +113,7 @@ class View:
       source: the weight in the parameter tree, for messages and for `Uses`.
     """
 
-    base: jax.Array | None
+    base: jax.Array | Stored | None
     terms: tuple[Term, ...]
     shape: tuple[int, ...] = dataclasses.field(metadata=_static)
     dtype: Any = dataclasses.field(metadata=_static)
@@ -131,20 +133,26 @@ def is_view(value: Any) -> bool:
 
 def view_of(weight: Any, slot: int) -> Any:
     """The view of a virtual weight, or the array itself where nothing needs a view."""
+    if isinstance(weight, Packed):
+        # Without its path: layers that share a jitted function share its trace.
+        base = Stored(dataclasses.replace(weight, path=""))
+        return plain_view(base, weight, Source(slot, weight.path))
     if not isinstance(weight, Adapted):
         return weight
     inner = view_of(weight.base, slot)
     if isinstance(weight.update, Whole):
         return weight.update.value.astype(weight.dtype)
-    view = inner if is_view(inner) else plain_view(inner, Source(slot, weight.path))
+    source = Source(slot, weight.path)
+    view = inner if is_view(inner) else plain_view(inner, inner, source)
     term = _term(weight.update, weight.dropout_key)
     return dataclasses.replace(view, terms=(*view.terms, term))
 
 
-def plain_view(array: Any, source: Source) -> View:
-    """A view of an array, with no update on it."""
-    origin = tuple(frozenset([axis]) for axis in range(array.ndim))
-    return View(array, (), tuple(array.shape), jnp.dtype(array.dtype), origin, source)
+def plain_view(base: Any, like: Any, source: Source) -> View:
+    """A view of a base with the shape and dtype of `like`, and with no update on it."""
+    shape = tuple(like.shape)
+    origin = tuple(frozenset([axis]) for axis in range(len(shape)))
+    return View(base, (), shape, jnp.dtype(like.dtype), origin, source)
 
 
 def _term(update: Any, key: jax.Array | None) -> Term:
@@ -194,7 +202,8 @@ def dense(view: View) -> jax.Array:
     names = tuple(f"w{axis}" for axis in range(view.ndim))
     sizes = dict(zip(names, view.shape, strict=True))
     wide = jnp.promote_types(view.dtype, jnp.float32)
-    total = jnp.zeros(view.shape, wide) if view.base is None else view.base.astype(wide)
+    base = view.base.array() if isinstance(view.base, Stored) else view.base
+    total = jnp.zeros(view.shape, wide) if base is None else base.astype(wide)
     for term in view.terms:
         a, b = (named(factor, names.__getitem__, wide) for factor in (term.a, term.b))
         product = multiply(a, [b], names, sizes, dtype=wide, precision="highest")

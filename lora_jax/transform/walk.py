@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from lora_jax.transform import compat
+from lora_jax.transform.stored import Stored
 from lora_jax.transform.view import View, dense, is_view
 
 Rule = Callable[["Walk", Any, list[Any]], "list[Any] | None"]
@@ -91,10 +92,11 @@ class Walk:
             return value.base
         # What is no parameter is a weight's cotangent, which the user's own rule wants dense.
         if value.source.slot >= 0 and not self.allow_dense:
+            kinds = ["adapted"] * bool(value.terms) + ["quantized"] * isinstance(value.base, Stored)
             raise ValueError(
-                f"{value.source.path}: {place} needs the adapted weight as one dense array of "
-                f"shape {value.shape} and dtype {np.dtype(value.dtype).name}, since there is no "
-                "low-rank rule for this use. Leave the weight out of the adapter (`exclude`), or "
-                'accept the memory and time of forming it with lift(fn, dense="allow").'
+                f"{value.source.path}: {place} needs the {' and '.join(kinds)} weight as one dense "
+                f"array of shape {value.shape} and dtype {np.dtype(value.dtype).name}, since there "
+                "is no rule for this use. Leave the weight out (`exclude`), or accept the memory "
+                'and time of forming it with lift(fn, dense="allow").'
             )
         return dense(value)
