@@ -11,6 +11,8 @@ from lora_jax.optim import adapter_only as adapter_only
 from lora_jax.quantization.quantize import dequantize as dequantize
 from lora_jax.quantization.quantize import quantize as quantize
 from lora_jax.quantization.quantized import Quantized as Quantized
+from lora_jax.quantization.starts import loftq as loftq
+from lora_jax.quantization.starts import pissa as pissa
 from lora_jax.summaries import Summary as Summary
 from lora_jax.summaries import summary as summary
 from lora_jax.transform.lift import lift as lift

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ import orbax.checkpoint as ocp
 from lora_jax.adapters.lora import Axes, Lora
 from lora_jax.adapters.whole import Whole
 from lora_jax.config import LoraConfig
+from lora_jax.quantization.formats import Format
+from lora_jax.quantization.quantized import Quantized, quantize_array
 from lora_jax.tree import Update, leaves_by_path
 
 FORMAT = 1
@@ -172,16 +175,54 @@ def fingerprint(params: Any) -> dict[str, Any]:
       params: the parameters; leaves may be sharded, only samples are fetched.
 
     Returns:
-      `{"leaves": {path: "dtype[shape]"}, "sha256": hash over the samples}`.
+      `{"leaves": {path: "dtype[shape]"}, "quantized": {path: its format and axes}, "sha256": hash
+      over the samples}`.
     """
     leaves = {k: v for k, v in sorted(leaves_by_path(params).items()) if hasattr(v, "shape")}
     digest = hashlib.sha256()
     for path, leaf in leaves.items():
-        corners = tuple(slice(None, None, max(1, size // 4)) for size in leaf.shape)
         digest.update(path.encode())
-        digest.update(np.asarray(leaf[corners]).tobytes())
+        for array in jax.tree.leaves(leaf):
+            corners = tuple(slice(None, None, max(1, size // 4)) for size in array.shape)
+            digest.update(np.asarray(array[corners]).tobytes())
     kinds = {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves.items()}
-    return {"leaves": kinds, "sha256": digest.hexdigest()}
+    quantized = {k: _how_stored(v) for k, v in leaves.items() if isinstance(v, Quantized)}
+    return {"leaves": kinds, "quantized": quantized, "sha256": digest.hexdigest()}
+
+
+def abstract_base(base: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that a fingerprint is of, without their values.
+
+    Args:
+      base: what `fingerprint` returned, also after JSON.
+
+    Returns:
+      path -> `jax.ShapeDtypeStruct`, or a `Quantized` of such.
+    """
+    leaves: dict[str, Any] = {}
+    for path, kind in base["leaves"].items():
+        dtype, shape = kind.rstrip("]").split("[")
+        sizes = tuple(map(int, filter(None, shape.split(", "))))
+        leaves[path] = jax.ShapeDtypeStruct(sizes, np.dtype(dtype))
+        if stored := base.get("quantized", {}).get(path):
+            axes = _axes(stored["axes"])
+            format = Format(stored["format"], stored["block_size"], stored["double_quant"])
+            leaves[path] = quantize_array(leaves[path], axes, format, path=path)
+    return leaves
+
+
+def _how_stored(leaf: Quantized) -> dict[str, Any]:
+    format = leaf.format
+    return {
+        "format": format.name,
+        "block_size": format.block_size,
+        "double_quant": format.double_quant,
+        "axes": {group: list(axes) for group, axes in dataclasses.asdict(leaf.axes).items()},
+    }
+
+
+def _axes(saved: Mapping[str, Any]) -> Axes:
+    return Axes(**{group: tuple(indices) for group, indices in saved.items()})
 
 
 def _difference(saved: dict[str, Any], given: dict[str, Any]) -> str:
@@ -192,6 +233,11 @@ def _difference(saved: dict[str, Any], given: dict[str, Any]) -> str:
                 f"{path}: expected {ours.get(path, 'no such parameter')}, "
                 f"got {theirs.get(path, 'no such parameter')}."
             )
+        # Bases saved before there were quantized ones have none.
+        formats = [each.get("quantized", {}).get(path) for each in (saved, given)]
+        if formats[0] != formats[1]:
+            expected, got = (_format_name(stored) for stored in formats)
+            return f"{path}: expected {expected}, got {got}."
     same = saved["sha256"] == given["sha256"]
     return "" if same else "Paths, shapes and dtypes agree, but the values differ."
 
@@ -219,10 +265,9 @@ def _describe(update: Update) -> dict[str, Any]:
     }
     if not isinstance(update, Lora):
         return {"kind": "whole", "leaves": leaves}
-    axes = update.axes
     return {
         "kind": "lora",
-        "axes": {"batch": axes.batch, "inputs": axes.inputs, "outputs": axes.outputs},
+        "axes": dataclasses.asdict(update.axes),
         "scale": update.scale,
         "dropout_rate": update.dropout_rate,
         "leaves": leaves,
@@ -232,8 +277,14 @@ def _describe(update: Update) -> dict[str, Any]:
 def _build(saved: dict[str, Any], leaves: dict[str, jax.Array]) -> Update:
     if saved["kind"] == "whole":
         return Whole(leaves["value"])
-    axes = Axes(**{group: tuple(indices) for group, indices in saved["axes"].items()})
+    axes = _axes(saved["axes"])
     return Lora(leaves["lora_a"], leaves["lora_b"], axes, saved["scale"], saved["dropout_rate"])
+
+
+def _format_name(stored: dict[str, Any] | None) -> str:
+    if stored is None:
+        return "plain numbers"
+    return str(Format(stored["format"], stored["block_size"], stored["double_quant"]))
 
 
 def _abstract(leaf: dict[str, Any]) -> jax.ShapeDtypeStruct:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lora_jax.tree import Adapted, Update, check_fits, flatten
+import jax.numpy as jnp
+
+from lora_jax.tree import Adapted, Packed, Update, check_fits, flatten
 
 
-def merge(params: Any, adapter: Mapping[str, Update]) -> Any:
+def merge(params: Any, adapter: Mapping[str, Update], *, requantize: bool = False) -> Any:
     """Plain arrays `W0 + scale * A B`, for the model as it is.
 
     Computed in float32 (or wider) and cast back to the base's dtype. `params` stays as it is:
@@ -17,9 +19,12 @@ def merge(params: Any, adapter: Mapping[str, Update]) -> Any:
     Args:
       params: the frozen parameters W0.
       adapter: path -> update.
+      requantize: store what was quantized in the same way again, for `lift`, instead of as arrays.
+        That rounds to the format's few values: an update smaller than their distance is lost in
+        part. Quantized weights without an update stay as they are.
 
     Returns:
-      A tree of the structure, shapes and dtypes of `params`; leaves without an update are shared.
+      A tree of the structure, shapes and dtypes of `params`; arrays without an update are shared.
 
     Raises:
       ValueError: the adapter does not fit `params`; the path and both shapes are named.
@@ -31,7 +36,16 @@ def merge(params: Any, adapter: Mapping[str, Update]) -> Any:
       >>> merge({"w": jnp.ones((2, 3))}, {"w": update})["w"][0]
       Array([1.5, 1.5, 1.5], dtype=float32)
     """
-    return _add(params, adapter, 1)
+
+    def add(leaf: Any, update: Update | None) -> Any:
+        packed = isinstance(leaf, Packed)
+        if update is None and (requantize or not packed):
+            return leaf
+        base = _plain(leaf)
+        merged = base if update is None else update.add_to(base, 1)
+        return leaf.again(merged) if packed and requantize else merged.astype(leaf.dtype)
+
+    return _map(add, params, adapter)
 
 
 def unmerge(merged: Any, adapter: Mapping[str, Update]) -> Any:
@@ -44,9 +58,22 @@ def unmerge(merged: Any, adapter: Mapping[str, Update]) -> Any:
       adapter: the adapter it was given.
 
     Raises:
-      ValueError: the adapter does not fit, or trains a leaf whole, which loses the base's value.
+      ValueError: the adapter does not fit, trains a leaf whole, which loses the base's value, or
+        updates a quantized weight, which was rounded after the merge.
     """
-    return _add(merged, adapter, -1)
+
+    def subtract(leaf: Any, update: Update | None) -> Any:
+        if update is None:
+            return leaf
+        if isinstance(leaf, Packed):
+            raise ValueError(
+                "expected a plain array, got a quantized weight: what was merged into it and "
+                "quantized again cannot be taken out, since the rounding is not known. Keep the "
+                "base parameters and use them instead of unmerging."
+            )
+        return update.add_to(_plain(leaf), -1)
+
+    return _map(subtract, merged, adapter)
 
 
 def switch(params: Any, adapters: Mapping[str, Mapping[str, Update]], name: str | None) -> Any:
@@ -71,19 +98,25 @@ def switch(params: Any, adapters: Mapping[str, Mapping[str, Update]], name: str 
     return merge(params, adapters[name])
 
 
-def _add(params: Any, adapter: Mapping[str, Update], sign: int) -> Any:
+def _map(function: Callable[[Any, Update | None], Any], params: Any, adapter: Any) -> Any:
+    """`function(leaf, its update)` at every leaf, with the leaf's path in its errors."""
     leaves, structure = flatten(params)
     check_fits(dict(leaves), adapter)
-    merged = []
+    results = []
     for path, leaf in leaves:
-        update = adapter.get(path)
         try:
-            merged.append(leaf if update is None else update.add_to(_plain(leaf), sign))
+            results.append(function(leaf, adapter.get(path)))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-    return structure.unflatten(merged)
+            message = str(error)
+            named = message if message.startswith(f"{path}:") else f"{path}: {message}"
+            raise ValueError(named) from None
+    return structure.unflatten(results)
 
 
 def _plain(leaf: Any) -> Any:
-    """A leaf as an array, should it have an adapter on it already."""
-    return leaf.update.add_to(_plain(leaf.base), 1) if isinstance(leaf, Adapted) else leaf
+    """A leaf as an array: a quantized one in float32 or wider, to be cast when all is added."""
+    if isinstance(leaf, Adapted):
+        return leaf.update.add_to(_plain(leaf.base), 1)
+    if isinstance(leaf, Packed):
+        return leaf.form(jnp.promote_types(leaf.dtype, jnp.float32))
+    return leaf

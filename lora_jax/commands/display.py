@@ -26,7 +26,7 @@ def summary_table(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     # Where the terminal is too narrow, the paths are broken, and no number.
     table.add_column("weights", overflow="fold")
-    for name in ("shape", "axes", "rank", "trainable", "share"):
+    for name in ("shape", "axes", "bits", "rank", "trainable", "share"):
         right = name not in ("shape", "axes")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for pattern, rows in grouped(summary.rows):
@@ -35,13 +35,12 @@ def summary_table(summary: Summary) -> Table:
             pattern if len(rows) == 1 else f"{pattern} ({len(rows)})",
             " x ".join(map(str, first.shape)),
             first.axes,
+            f"{first.bits:.4g}",
             "-" if first.rank is None else str(first.rank),
             f"{trainable:,}",
             f"{first.share:.2%}",
         )
-    table.caption = (
-        f"{summary.trainable:,} of {summary.total:,} parameters train ({summary.share:.2%})"
-    )
+    table.caption = summary.totals
     table.caption_justify = "left"
     return table
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from lora_jax.adapters.lora import Axes, Lora
 from lora_jax.adapters.whole import Whole
+from lora_jax.checkpoint import abstract_base
 from lora_jax.commands import trained
 from lora_jax.commands.display import summary_table
 from lora_jax.commands.errors import reading_input
@@ -51,8 +52,7 @@ def inspect(options: InspectOptions, console: Console) -> None:
     for name, value in found.about["config"].items():
         console.print(f"  {name}: {escape(json.dumps(value))}")
     adapter = {path: _abstract(saved) for path, saved in found.about["updates"].items()}
-    params = {path: _array(kind) for path, kind in base["leaves"].items()}
-    console.print(summary_table(summary(params, adapter)))
+    console.print(summary_table(summary(abstract_base(base), adapter)))
 
 
 def _abstract(saved: dict[str, Any]) -> Any:
@@ -65,9 +65,3 @@ def _abstract(saved: dict[str, Any]) -> Any:
         return Whole(**leaves)
     axes = Axes(**{group: tuple(places) for group, places in saved["axes"].items()})
     return Lora(**leaves, axes=axes, scale=saved["scale"], dropout_rate=saved["dropout_rate"])
-
-
-def _array(kind: str) -> jax.ShapeDtypeStruct:
-    """The shape that a fingerprint has written down, such as `float32[4, 8]`."""
-    dtype, shape = kind.rstrip("]").split("[")
-    return jax.ShapeDtypeStruct(tuple(map(int, filter(None, shape.split(", ")))), dtype)

@@ -84,7 +84,9 @@ def midpoints(codes: tuple[float, ...]) -> np.ndarray:
 def nearest(scaled: Float[Array, "..."], codes: tuple[float, ...]) -> UInt8[Array, "..."]:
     """The index of the code nearest to each element of `[-1, 1]`; a tie goes to the lower value."""
     # Fifteen comparisons, which fuse into one pass; a search would branch.
-    rank = sum((scaled > bound).astype(jnp.uint8) for bound in midpoints(codes))
+    rank = jnp.zeros(scaled.shape, jnp.uint8)
+    for bound in midpoints(codes):
+        rank += (scaled > bound).astype(jnp.uint8)
     order = np.argsort(np.asarray(codes, np.float32), kind="stable").astype(np.uint8)
     if np.array_equal(order, np.arange(len(codes))):
         return rank

@@ -79,7 +79,7 @@ def quantize(
     candidates = [path for path in (*chosen, *every) if not is_virtual(named[path])]
     uses = find_uses(fn, params, args, kwargs, candidates)
     axes = {path: _axes(path, named[path], uses.get(path)) for path in chosen}
-    axes |= {path: uses[path].axes for path in every if uses[path].is_linear}
+    axes |= {path: _axes(path, named[path], uses[path]) for path in every if uses[path].is_linear}
     if not axes:
         raise ValueError(
             f'quantize: targets="*": the function multiplies with none of the {len(named)} '

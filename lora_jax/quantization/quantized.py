@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
@@ -129,8 +130,10 @@ class Quantized(Packed):
             values = self.codes.astype(jnp.float32)
         blocks, shape = scales.shape[at], values.shape
         cut = values.reshape(*shape[:at], blocks, -1, *shape[at + 1 :])
-        formed = (cut * jnp.expand_dims(scales, at + 1)).reshape(shape).astype(
-            dtype or self.compute_dtype
+        formed = (
+            (cut * jnp.expand_dims(scales, at + 1))
+            .reshape(shape)
+            .astype(dtype or self.compute_dtype)
         )
         inputs = [self.shape[axis] for axis in self.axes.inputs]
         formed = lax.slice_in_dim(formed, 0, math.prod(inputs), axis=at)
@@ -302,14 +305,16 @@ def quantize_array(
         parts = jax.eval_shape(functools.partial(_encode, axes=axes, format=format), array)[0]
     else:
         parts, bad = _encode(array, axes=axes, format=format)
-        if not isinstance(bad, jax.core.Tracer) and int(bad):
+        if not isinstance(bad, Tracer) and int(bad):
             raise ValueError(
                 f"{path}: cannot be quantized: {int(bad)} of its {array.size} values are NaN or "
                 "infinite; expected finite numbers, since one makes its whole block useless. Look "
                 "for where they come from: a damaged file, or a run that diverged."
             )
     stands_for = jax.ShapeDtypeStruct(tuple(array.shape), jnp.dtype(dtype or array.dtype))
-    return Quantized(*parts, axes, stands_for, format, jnp.dtype(compute_dtype).name, path)
+    codes, scales, nested = parts
+    dtype_name = jnp.dtype(compute_dtype).name
+    return Quantized(codes, scales, nested, axes, stands_for, format, dtype_name, path)
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "format"))

@@ -43,11 +43,8 @@ def dot_general(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | Non
 
     total = None
     for left, right in itertools.product(_parts(lhs), _parts(rhs)):
-        if not isinstance(left, Term) and not isinstance(right, Term):
-            product = bind
-        else:
-            product = low_rank
-        part = multiplied(product, left, right)
+        thin = isinstance(left, Term) or isinstance(right, Term)
+        part = multiplied(low_rank if thin else bind, left, right)
         total = part if total is None else total + part
     return [jnp.zeros(aval.shape, aval.dtype) if total is None else total]
 

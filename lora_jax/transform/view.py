@@ -135,8 +135,8 @@ def view_of(weight: Any, slot: int) -> Any:
     """The view of a virtual weight, or the array itself where nothing needs a view."""
     if isinstance(weight, Packed):
         # Without its path: layers that share a jitted function share its trace.
-        base = Stored(dataclasses.replace(weight, path=""))
-        return plain_view(base, weight, Source(slot, weight.path))
+        unnamed: Any = dataclasses.replace(weight, path="")  # type: ignore[type-var]
+        return plain_view(Stored(unnamed), weight, Source(slot, weight.path))
     if not isinstance(weight, Adapted):
         return weight
     inner = view_of(weight.base, slot)
