@@ -14,7 +14,7 @@ from lora_jax.adapters.whole import Whole
 from lora_jax.config import ALL_LINEAR, LoraConfig, Settings, select
 from lora_jax.initializers.random import start
 from lora_jax.transform.roles import Uses, find_uses
-from lora_jax.tree import Update, fold_path, leaves_by_path
+from lora_jax.tree import Update, fold_path, is_virtual, leaves_by_path
 
 
 def init(
@@ -120,6 +120,11 @@ def _copy(path: str, leaf: Any) -> jax.Array:
         raise ValueError(
             f"{path}: trained whole, so it starts from its value, but `params` is abstract. "
             "Give init the real parameters, or leave `trainable` empty."
+        )
+    if is_virtual(leaf):
+        raise ValueError(
+            f"{path}: trained whole, so it must be an array, but it is quantized. Take it out of "
+            "`trainable`, or leave it out of `quantize` with `exclude`."
         )
     return jnp.array(leaf, copy=True)  # Its buffer may be donated; the base's must not be.
 

@@ -1,4 +1,9 @@
-"""Four simulated devices, so that pmap and shard_map have something to run on."""
+"""Four simulated CPU devices, so that pmap and shard_map have something to run on."""
+
+import os
+
+# Also for the processes that tests start: with libtpu installed, JAX would look for a TPU.
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 

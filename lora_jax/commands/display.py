@@ -26,7 +26,9 @@ def summary_table(summary: Summary) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     # Where the terminal is too narrow, the paths are broken, and no number.
     table.add_column("weights", overflow="fold")
-    for name in ("shape", "axes", "bits", "rank", "trainable", "share"):
+    # Room is scarce: where nothing is quantized, every weight has the bits of its dtype.
+    quantized = any(row.bits < 16 for row in summary.rows)
+    for name in ("shape", "axes", *["bits"] * quantized, "rank", "trainable", "share"):
         right = name not in ("shape", "axes")
         table.add_column(name, justify="right" if right else "left", no_wrap=True)
     for pattern, rows in grouped(summary.rows):
@@ -35,7 +37,7 @@ def summary_table(summary: Summary) -> Table:
             pattern if len(rows) == 1 else f"{pattern} ({len(rows)})",
             " x ".join(map(str, first.shape)),
             first.axes,
-            f"{first.bits:.4g}",
+            *[f"{first.bits:.4g}"] * quantized,
             "-" if first.rank is None else str(first.rank),
             f"{trainable:,}",
             f"{first.share:.2%}",

@@ -22,6 +22,7 @@ from lora_jax.initialization import init
 from lora_jax.interop.pretrained import Pretrained, load_pretrained
 from lora_jax.models import decoder
 from lora_jax.models.generation import generate_batch
+from lora_jax.quantization.formats import Format
 from lora_jax.summaries import summary
 from lora_jax.training import loop, plots
 from lora_jax.training.batching import training_batches
@@ -32,7 +33,7 @@ from lora_jax.training.options import FinetuneOptions
 from lora_jax.training.step import TrainState, init_state, make_step
 from lora_jax.training.tasks import Sample, Task, file_task, tweets_task
 from lora_jax.transform.lift import lift
-from lora_jax.tree import Update, combine
+from lora_jax.tree import Update, combine, is_virtual
 
 # What takes about 5 minutes in all on two cores.
 TWEETS_STEPS = 240
@@ -135,8 +136,10 @@ def _load(options: FinetuneOptions, console: Console) -> Pretrained:
         dtype=options.model.dtype,
         scan_layers=not options.model.unroll,
         remat=options.model.remat,
+        quantize=None if options.model.quantize is None else Format(options.model.quantize),
+        compute_dtype=options.model.dtype,
     )
-    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params, is_leaf=is_virtual))
     config = model.config
     console.print(
         f"  {count:,} parameters in {config.num_layers} layers of {config.hidden_size}, "

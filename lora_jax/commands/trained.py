@@ -12,6 +12,7 @@ from lora_jax.commands.errors import InputError
 from lora_jax.config import LoraConfig
 from lora_jax.interop.pretrained import Pretrained, load_pretrained
 from lora_jax.interop.tokenizer import Tokenizer
+from lora_jax.quantization.formats import Format
 from lora_jax.training.folder import ADAPTER, RUN
 from lora_jax.training.tasks import PromptForm
 from lora_jax.tree import Update
@@ -40,6 +41,12 @@ class Trained:
     def dtype(self) -> str:
         """Of its base's parameters."""
         return self.about["base"]["leaves"]["embed/embedding"].split("[")[0]
+
+    @property
+    def format(self) -> Format | None:
+        """In which its base was quantized when it was loaded; a file may hold a quantized one."""
+        name = self.run.get("options", {}).get("model", {}).get("quantize")
+        return None if name is None else Format(name)
 
     def form(self, tokenizer: Tokenizer) -> PromptForm:
         """What was around the prompts in training; a chat if that is not known and can be.
@@ -73,7 +80,13 @@ class Trained:
                 f"{self.path}: there is no {RUN} beside the adapter that names its base. Name it "
                 "with --model."
             )
-        base = load_pretrained(source, dtype=self.dtype, scan_layers=self.scanned)
+        base = load_pretrained(
+            source,
+            dtype=self.dtype,
+            scan_layers=self.scanned,
+            quantize=self.format,
+            compute_dtype=self.dtype,
+        )
         adapter, config = checkpoint.restore(self.path, base.params)
         return base, adapter, config
 

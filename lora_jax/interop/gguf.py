@@ -12,10 +12,18 @@ import numpy as np
 
 from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf
 from lora_jax.interop.tokenizer import Tokenizer
-from lora_jax.interop.weights import ParamPath, build_params, check_names, check_shape, slots
+from lora_jax.interop.weights import (
+    ParamPath,
+    build_params,
+    check_names,
+    check_shape,
+    plan_params,
+    slots,
+)
 from lora_jax.models.config import DecoderConfig, Llama3Scaling
 from lora_jax.models.decoder import Params
 from lora_jax.models.rope import inverse_frequencies, stretch_factors
+from lora_jax.quantization.formats import Format
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 ROPE_FACTORS = "rope_freqs.weight"
@@ -58,14 +66,19 @@ def read_gguf(
     dtype: str = "float32",
     scan_layers: bool = False,
     remat: bool = False,
+    quantize: Format | None = None,
+    compute_dtype: str | None = None,
 ) -> tuple[DecoderConfig, Params, Tokenizer]:
-    """Reads a model from one GGUF file; quantized tensors are dequantized.
+    """Reads a model from one GGUF file; its quantized tensors are dequantized.
 
     Args:
         path: The file.
         dtype: Of the parameters returned: float32, bfloat16 or float16.
         scan_layers: Whether to stack the layers' parameters.
         remat: Whether the model recomputes activations.
+        quantize: Quantizes every kernel but the head's while it is read, so that besides the
+            result only one tensor is in memory.
+        compute_dtype: Dtype that quantized weights are formed in; by default bfloat16.
 
     Returns:
         The config, the parameters, and the tokenizer.
@@ -73,7 +86,8 @@ def read_gguf(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the architecture, the tokenizer or a quantization is not covered, a
-            tensor is missing, left over or of the wrong shape, or the file is damaged.
+            tensor is missing, left over or of the wrong shape, or the file is damaged; with
+            `quantize`, if a kernel holds a NaN or an infinity.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,7 +109,9 @@ def read_gguf(
             return unpermute(array, config.head_dim)
         return array
 
-    return config, build_params(config, expected, read), tokenizer_from_gguf(metadata, path)
+    plan = plan_params(config, quantize, compute_dtype)
+    params = build_params(config, plan, expected, dict.fromkeys(expected, path), read)
+    return config, params, tokenizer_from_gguf(metadata, path)
 
 
 def unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:

@@ -15,18 +15,25 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lora_jax.interop import bitsandbytes
 from lora_jax.interop.hf_config import config_from_hf, config_to_hf
 from lora_jax.interop.tokenizer import Tokenizer
 from lora_jax.interop.weights import (
     ParamPath,
+    Slot,
     build_params,
     check_names,
     check_shape,
     layer_tensor,
+    params_path,
+    plan_params,
     slots,
 )
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Params
+from lora_jax.quantization.formats import Format
+from lora_jax.quantization.quantized import Quantized
+from lora_jax.tree import leaves_by_path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -75,25 +82,36 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_pretrained(
     directory: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     scan_layers: bool = False,
     remat: bool = False,
+    quantize: Format | None = None,
+    compute_dtype: str | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """Reads a model's config and weights.
 
+    A checkpoint that bitsandbytes quantized to 4 bits is read as it is, its codes and scales
+    unchanged; `lora_jax.dequantize` makes plain arrays of it.
+
     Args:
         directory: Holds `config.json` and `model.safetensors`, or shards with an index.
-        dtype: Of the parameters returned: float32, bfloat16 or float16.
+        dtype: Of the parameters returned, and what quantized ones stand for: float32, bfloat16 or
+            float16. By default float32, or what the 4-bit weights of a checkpoint were before.
         scan_layers: Whether to stack the layers' parameters.
         remat: Whether the model recomputes activations.
+        quantize: Quantizes every kernel but the head's while it is read, so that besides the
+            result only one tensor is in memory.
+        compute_dtype: Dtype that quantized weights are formed in. By default bfloat16, or what
+            the `config.json` of a 4-bit checkpoint says.
 
     Returns:
         The config and the parameters.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If the architecture is not covered, a tensor is missing, left over or of the
-            wrong shape, or a file is damaged.
+        ValueError: If the architecture or its quantization is not covered, a tensor is missing,
+            left over or of the wrong shape, or a file is damaged; with `quantize`, if a kernel
+            holds a NaN or an infinity, or is quantized already.
     """
     directory = Path(directory)
     where = directory / "config.json"
@@ -101,37 +119,56 @@ def read_pretrained(
         raise FileNotFoundError(
             f"{where}: not found. Expected a folder with config.json and safetensors."
         )
-    config = dataclasses.replace(
-        config_from_hf(read_json(where), where),
-        dtype=dtype,
-        scan_layers=scan_layers,
-        remat=remat,
-    )
+    values = read_json(where)
+    formed_in = bitsandbytes.compute_dtype_of(values, where)
+    if formed_in is not None:
+        del values["quantization_config"]
+    config = config_from_hf(values, where)
     files, listing = _weight_files(directory)
-    readers, home = {}, {}
+    home: dict[str, tuple[Path, Any]] = {}
     for file in files:
-        readers[file] = _open(file)
-        for name in readers[file].keys():  # noqa: SIM118 (not a dict)
+        reader = _open(file)
+        for name in reader.keys():  # noqa: SIM118 (not a dict)
             if name in home:
                 raise ValueError(
-                    f"{file}: tensor {name} is also in {home[name].name}; expected each once."
+                    f"{file}: tensor {name} is also in {home[name][0].name}; expected each once."
                 )
-            home[name] = file
+            home[name] = file, reader
 
     expected = slots(config, tensor_name)
     # Positions of old Llama files, which the config gives too.
     found = {name for name in home if not name.endswith(".rotary_emb.inv_freq")}
     if config.tied_head and "lm_head.weight" in found:
         found.remove("lm_head.weight")
-        _check_tied(readers, home)
+        _check_tied(home)
+    packed = {}
+    if formed_in is not None:
+        if quantize is not None:
+            raise ValueError(
+                f"{where}: quantize={str(quantize)!r}: expected plain weights, got a checkpoint "
+                "in 4 bits. Leave `quantize` out, or load the original weights."
+            )
+        packed = bitsandbytes.find(home, expected)
+        dtype = dtype or _only_dtype(where, packed)
+        found -= bitsandbytes.names_of(packed)
     check_names(listing, expected, found)
+    config = dataclasses.replace(
+        config, dtype=dtype or "float32", scan_layers=scan_layers, remat=remat
+    )
+    if formed_in is None:
+        plan = plan_params(config, quantize, compute_dtype)
+    else:
+        plan = bitsandbytes.plan_params(config, expected, packed, compute_dtype or formed_in)
 
-    def read(name, slot):
-        file = home[name]
-        check_shape(file, name, slot.shape, tuple(readers[file].get_slice(name).get_shape()))
-        return _tensor(readers[file], file, name)
+    def read(name: str, slot: Slot) -> np.ndarray | Quantized:
+        if name in packed:
+            return bitsandbytes.read_weight(home, name, packed[name])
+        file, reader = home[name]
+        check_shape(file, name, slot.shape, tuple(reader.get_slice(name).get_shape()))
+        return _tensor(home, name)
 
-    return config, build_params(config, expected, read)
+    where_from = {name: file for name, (file, _) in home.items()}
+    return config, build_params(config, plan, expected, where_from, read)
 
 
 def save_pretrained(
@@ -144,20 +181,22 @@ def save_pretrained(
 ) -> None:
     """Writes a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    The folder appears complete or not at all.
+    The folder appears complete or not at all. Quantized weights are written as bitsandbytes
+    writes them, their codes and scales unchanged.
 
     Args:
         directory: Must not exist, or be empty.
         config: The decoder.
-        params: Plain arrays, stacked or not.
+        params: Plain arrays or 4-bit weights, stacked or not.
         tokenizer: Written beside the weights; its end-of-text ids go into the config.
         max_shard_bytes: Weights above this many bytes are split into several files.
 
     Raises:
         FileExistsError: If the directory holds something.
         OSError: If there is no room for it on disk.
-        ValueError: If a parameter is missing or of another shape than the config says, or no
-            Hugging Face architecture has these options.
+        ValueError: If a parameter is missing or of another shape than the config says, no
+            Hugging Face architecture has these options, or bitsandbytes has no such quantized
+            weights: 8-bit ones, and those padded to whole blocks.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -167,8 +206,18 @@ def save_pretrained(
         )
     values = config_to_hf(config)
     expected = slots(config, tensor_name)
-    size = sum(int(np.prod(slot.shape)) for slot in expected.values())
-    size *= np.dtype(layer_tensor(config, params, ("norm", "scale")).dtype).itemsize
+    leaves = leaves_by_path(params)
+    plain = [
+        name
+        for name, slot in expected.items()
+        if slot.is_kernel
+        and not isinstance(leaves.get("/".join(params_path(config, slot.path))), Quantized)
+    ]
+    plain += ["lm_head.weight"] * config.tied_head
+    quantization = bitsandbytes.quantization_config(params, plain)
+    if quantization is not None:
+        values["quantization_config"] = quantization
+    size = sum(leaf.nbytes for leaf in leaves.values())
     directory.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory.parent).free
     if size > free:
@@ -198,18 +247,13 @@ def _write_shards(target: Path, config, params, expected, max_shard_bytes: int) 
     shards: list[list[str]] = [[]]
     sizes = [0]
     for name, slot in expected.items():
-        array = layer_tensor(config, params, slot.path)
-        shape = array.shape[::-1] if slot.is_kernel else array.shape
-        if shape != slot.shape:
-            raise ValueError(
-                f"params: {'/'.join(slot.path)}: expected {list(slot.shape)} (out, in) from the "
-                f"config, got {list(shape)}."
-            )
-        if sizes[-1] and sizes[-1] + array.nbytes > max_shard_bytes:
+        tensors = _file_tensors(config, params, name, slot)
+        nbytes = sum(array.nbytes for array in tensors.values())
+        if sizes[-1] and sizes[-1] + nbytes > max_shard_bytes:
             shards.append([])
             sizes.append(0)
         shards[-1].append(name)
-        sizes[-1] += array.nbytes
+        sizes[-1] += nbytes
     weight_map = {}
     for number, names in enumerate(shards, 1):
         file = (
@@ -217,13 +261,27 @@ def _write_shards(target: Path, config, params, expected, max_shard_bytes: int) 
         )
         tensors = {}
         for name in names:
-            array = layer_tensor(config, params, expected[name].path)
-            tensors[name] = np.ascontiguousarray(array.T if expected[name].is_kernel else array)
-            weight_map[name] = file
+            tensors |= _file_tensors(config, params, name, expected[name])
+        weight_map |= dict.fromkeys(tensors, file)
+        tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         save_file(tensors, target / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (target / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def _file_tensors(config, params, name: str, slot: Slot) -> dict[str, np.ndarray]:
+    """What the file holds for one parameter: one array, or the parts of a 4-bit weight."""
+    array = layer_tensor(config, params, slot.path)
+    shape = array.shape[::-1] if slot.is_kernel else array.shape
+    if shape != slot.shape:
+        raise ValueError(
+            f"params: {'/'.join(slot.path)}: expected {list(slot.shape)} (out, in) from the "
+            f"config, got {list(shape)}."
+        )
+    if isinstance(array, Quantized):
+        return bitsandbytes.tensors_of(name, array)
+    return {name: array.T if slot.is_kernel else array}
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], Path]:
@@ -271,26 +329,36 @@ def _open(file: Path) -> Any:
         ) from error
 
 
-def _tensor(reader: Any, file: Path, name: str) -> np.ndarray:
+def _tensor(home: bitsandbytes.Home, name: str) -> np.ndarray:
+    file, reader = home[name]
     kind = reader.get_slice(name).get_dtype()
     if kind not in ("F32", "BF16", "F16"):
         raise ValueError(
             f"{file}: tensor {name}: expected dtype F32, BF16 or F16, got {kind}. Use weights "
-            "that are not quantized."
+            "that are not quantized, or that bitsandbytes quantized to 4 bits."
         )
     return reader.get_tensor(name)
 
 
-def _check_tied(readers, home) -> None:
+def _only_dtype(where: Path, packed: dict[str, bitsandbytes.Stored]) -> str:
+    """What all 4-bit weights were before."""
+    dtypes = sorted({stored.dtype for stored in packed.values()})
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"{where.parent}: expected 4-bit weights made from one dtype, got "
+            f"{' and '.join(dtypes)}. Say which the parameters shall have: dtype={dtypes[0]!r}."
+        )
+    return dtypes[0]
+
+
+def _check_tied(home: bitsandbytes.Home) -> None:
     """A tied model's file may hold the head again, but only the same one."""
-    head_file, embed_file = home["lm_head.weight"], home.get("model.embed_tokens.weight")
-    if embed_file is None:
+    if "model.embed_tokens.weight" not in home:
         return
-    head = _tensor(readers[head_file], head_file, "lm_head.weight")
-    embed = _tensor(readers[embed_file], embed_file, "model.embed_tokens.weight")
+    head, embed = _tensor(home, "lm_head.weight"), _tensor(home, "model.embed_tokens.weight")
     if not np.array_equal(head, embed):
         raise ValueError(
-            f"{head_file}: tensor lm_head.weight: expected the embedding's values, since "
-            "config.json says tie_word_embeddings, got others. Set tie_word_embeddings to false "
-            "in config.json if the head is its own."
+            f"{home['lm_head.weight'][0]}: tensor lm_head.weight: expected the embedding's "
+            "values, since config.json says tie_word_embeddings, got others. Set "
+            "tie_word_embeddings to false in config.json if the head is its own."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 from lora_jax.interop import assets
 from lora_jax.interop.gguf import read_gguf
@@ -12,6 +13,7 @@ from lora_jax.interop.huggingface import read_pretrained
 from lora_jax.interop.tokenizer import Tokenizer, read_tokenizer
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Params
+from lora_jax.quantization.formats import Format
 
 SMOLLM2 = "smollm2-135m-instruct"
 _HUB_FILES = (
@@ -45,9 +47,11 @@ class Pretrained:
 def load_pretrained(
     source: str | Path,
     *,
-    dtype: str = "float32",
+    dtype: str | None = None,
     scan_layers: bool = False,
     remat: bool = False,
+    quantize: Format | None = None,
+    compute_dtype: str | None = None,
 ) -> Pretrained:
     """Loads a model's config, weights and tokenizer.
 
@@ -55,9 +59,15 @@ def load_pretrained(
         source: A folder in Hugging Face's layout, a `.gguf` file, the built-in name
             `smollm2-135m-instruct` (fetched once, 90 MB), or a hub id such as
             `HuggingFaceTB/SmolLM2-135M-Instruct`. What exists on disk comes first.
-        dtype: Of the parameters: float32, bfloat16 or float16.
+        dtype: Of the parameters: float32, bfloat16 or float16. By default float32, or what the
+            4-bit weights of a checkpoint were before.
         scan_layers: Whether to stack the layers' parameters and scan over them.
         remat: Whether to recompute activations in the backward pass.
+        quantize: Quantizes every kernel but the head's while it is read, so that besides the
+            result only one tensor is in memory. A folder that bitsandbytes quantized to 4 bits
+            is read as it is, without it.
+        compute_dtype: Dtype that quantized weights are formed in. By default bfloat16, or what
+            the `config.json` of a 4-bit checkpoint says.
 
     Returns:
         The model.
@@ -65,7 +75,8 @@ def load_pretrained(
     Raises:
         FileNotFoundError: If the source is none of these, or a file is missing.
         ConnectionError: If the hub cannot be reached, or does not have the model.
-        ValueError: If the model is not covered, or a file is damaged.
+        ValueError: If the model is not covered, or a file is damaged; with `quantize`, if a
+            kernel holds a NaN or an infinity, or is quantized already.
     """
     name = str(source)
     path = Path(source)
@@ -73,13 +84,17 @@ def load_pretrained(
         path = assets.smollm2()
     elif not path.exists() and path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         path = _from_hub(name)
+    options: Any = {
+        "scan_layers": scan_layers,
+        "remat": remat,
+        "quantize": quantize,
+        "compute_dtype": compute_dtype,
+    }
     if path.is_dir():
         tokenizer = read_tokenizer(path)
-        config, params = read_pretrained(path, dtype=dtype, scan_layers=scan_layers, remat=remat)
+        config, params = read_pretrained(path, dtype=dtype, **options)
     elif path.is_file() and path.suffix == ".gguf":
-        config, params, tokenizer = read_gguf(
-            path, dtype=dtype, scan_layers=scan_layers, remat=remat
-        )
+        config, params, tokenizer = read_gguf(path, dtype=dtype or "float32", **options)
     elif path.is_file():
         raise ValueError(
             f"{path}: expected a .gguf file or a folder with config.json and safetensors, got a "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.decoder import Params, abstract_params
+from lora_jax.models.decoder import Params, abstract_params, apply
+from lora_jax.quantization.formats import Format
+from lora_jax.quantization.quantize import quantize as quantize_params
+from lora_jax.quantization.quantized import Quantized, quantize_array
+from lora_jax.tree import flatten
 
 ParamPath = tuple[str, ...]
+
+HEAD = "lm_head/kernel"
+COMPUTE_DTYPE = "bfloat16"
+
+# What JAX on a CPU wants of an array that it takes over without a copy.
+_ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,48 +105,140 @@ def check_shape(where: Path, name: str, expected: tuple[int, ...], got: tuple[in
         )
 
 
+def plan_params(
+    config: DecoderConfig, quantize: Format | None, compute_dtype: str | None = None
+) -> Params:
+    """Returns what loading makes, without the memory: where weights are quantized, and how.
+
+    Args:
+        config: The decoder.
+        quantize: Format of every kernel but the head's, or None for plain arrays. The head and
+            the embedding stay as they are, as with bitsandbytes.
+        compute_dtype: Dtype that quantized weights are formed in; by default bfloat16.
+
+    Returns:
+        Params as of `models.decoder.abstract_params`, with abstract `Quantized` leaves.
+
+    >>> config = DecoderConfig(
+    ...     vocab_size=64, hidden_size=64, intermediate_size=128, num_layers=2,
+    ...     num_heads=2, num_kv_heads=1, head_dim=32, scan_layers=True)
+    >>> kernel = plan_params(config, Format())["layers"]["mlp"]["up_proj"]["kernel"]
+    >>> kernel.shape, kernel.codes.shape, kernel.scales.shape
+    ((2, 64, 128), (2, 32, 128), (2, 128, 1))
+    """
+    abstract = abstract_params(config)
+    if quantize is None:
+        return abstract
+    return quantize_params(
+        functools.partial(apply, config),
+        abstract,
+        jax.ShapeDtypeStruct((1, 8), jnp.int32),
+        exclude=() if config.tied_head else HEAD,
+        format=quantize.name,
+        block_size=quantize.block_size,
+        double_quant=quantize.double_quant,
+        compute_dtype=compute_dtype or COMPUTE_DTYPE,
+    )
+
+
 def build_params(
     config: DecoderConfig,
+    plan: Params,
     expected: Mapping[str, Slot],
-    read: Callable[[str, Slot], np.ndarray],
+    files: Mapping[str, Path],
+    read: Callable[[str, Slot], np.ndarray | Quantized],
 ) -> Params:
     """Reads every tensor and puts it where it belongs, stacked when the layers are scanned.
 
     Args:
         config: The decoder; its `dtype` is what the tensors are cast to.
+        plan: As from `plan_params`: what is quantized there is quantized while it is read.
         expected: As from `slots`.
-        read: Returns a tensor in the file's orientation, shape already checked.
+        files: The file that each tensor is in, for error messages.
+        read: Returns a tensor in the file's orientation, shape already checked; or, where the
+            plan has a quantized weight, one layer of it, as it stands in the params.
 
     Returns:
-        Params as of `models.decoder.init_params`. Besides them at most one leaf is in memory.
+        Params with the structure, shapes and dtypes of the plan. Besides them one tensor is in
+        memory: in its file's dtype or in float32, and what is made of it.
+
+    Raises:
+        ValueError: If a tensor to be quantized holds a NaN or an infinity; the file, the tensor
+            and the parameter's path are named.
     """
-    dtype = jnp.dtype(config.dtype)
     names = {slot.path: name for name, slot in expected.items()}
-
-    def load(path: ParamPath) -> np.ndarray:
-        slot = expected[names[path]]
-        array = read(names[path], slot)
-        return (array.T if slot.is_kernel else array).astype(dtype, copy=False)
-
-    params: Params = {}
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
-        path = tuple(str(key.key) for key in key_path)
-        if config.scan_layers and path[0] == "layers":
-            array = np.empty(leaf.shape, dtype)
+    leaves, structure = flatten(plan)
+    # Where one tensor after the other is quantized. Pages that none of them reaches take no memory.
+    scratch = _buffer((max(math.prod(slot.shape) for slot in expected.values()),), np.float32)
+    built = []
+    for path, leaf in leaves:
+        keys = tuple(path.split("/"))
+        load = functools.partial(_load, config, leaf, expected, files, read, scratch)
+        if config.scan_layers and keys[0] == "layers":
+            # One layer after the other into the arrays that JAX then takes over.
+            arrays = [_buffer(part.shape, part.dtype) for part in jax.tree.leaves(leaf)]
             for index in range(config.num_layers):
-                array[index] = load(("layers", str(index), *path[1:]))
+                parts = load(names["layers", str(index), *keys[1:]])
+                for array, part in zip(arrays, parts, strict=True):
+                    array[index] = part
+            arrays = [jax.device_put(array, may_alias=True) for array in arrays]
         else:
-            array = load(path)
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        # A copy, never a view of the file.
-        node[path[-1]] = jnp.array(array)
-    return params
+            # A copy, never a view of the file.
+            arrays = [
+                part if isinstance(part, jax.Array) else jnp.array(part)
+                for part in load(names[keys])
+            ]
+        built.append(jax.tree.unflatten(jax.tree.structure(leaf), arrays))
+    return structure.unflatten(built)
 
 
-def layer_tensor(config: DecoderConfig, params: Params, path: ParamPath) -> np.ndarray:
-    """Returns one parameter by its unstacked path, as a host array.
+def _load(config, leaf, expected, files, read, scratch: np.ndarray, name: str) -> list[Any]:
+    """The arrays of one tensor, in the order of the planned leaf's."""
+    slot = expected[name]
+    tensor = read(name, slot)
+    if isinstance(tensor, Quantized):
+        return jax.tree.leaves(tensor)
+    dtype = jnp.dtype(config.dtype)
+    if not isinstance(leaf, Quantized):
+        return [(tensor.T if slot.is_kernel else tensor).astype(dtype, copy=False)]
+    if slot.path[0] == "layers" and config.scan_layers:
+        leaf = leaf.along_batch(0, lambda array, _: array, None)
+    # In the file's orientation, which is the one of the codes: it costs no transposed copy.
+    axes = leaf.transposed((1, 0)).axes
+    wide = scratch[: tensor.size].reshape(tensor.shape)
+    wide[...] = tensor
+    del tensor
+    if dtype != np.float32:
+        wide[...] = wide.astype(dtype)
+    try:
+        # JAX reads it where it is, and must be done before the next tensor gets there.
+        array = jax.device_put(wide, may_alias=True)
+        small = jax.block_until_ready(quantize_array(array, axes, leaf.format, path=leaf.path))
+    except ValueError as error:
+        raise ValueError(f"{files[name]}: tensor {name}: {error}") from error
+    return jax.tree.leaves(small)
+
+
+def _buffer(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
+
+
+def params_path(config: DecoderConfig, path: ParamPath) -> ParamPath:
+    """Returns where a parameter stands in the params, given its unstacked path.
+
+    Args:
+        config: The decoder.
+        path: With the layer's number: `("layers", "0", ..., "kernel")`.
+    """
+    stacked = config.scan_layers and path[0] == "layers"
+    return ("layers", *path[2:]) if stacked else path
+
+
+def layer_tensor(config: DecoderConfig, params: Params, path: ParamPath) -> np.ndarray | Quantized:
+    """Returns one parameter by its unstacked path, as a host array or quantized weight.
 
     Args:
         config: The decoder.
@@ -143,6 +247,10 @@ def layer_tensor(config: DecoderConfig, params: Params, path: ParamPath) -> np.n
     """
     stacked = config.scan_layers and path[0] == "layers"
     node: Any = params
-    for key in ("layers", *path[2:]) if stacked else path:
+    for key in params_path(config, path):
         node = node[key]
+    if isinstance(node, Quantized):
+        if stacked:
+            node = node.along_batch(0, lambda array, _: array[int(path[1])], None)
+        return jax.tree.map(np.asarray, node)
     return np.asarray(node[int(path[1])] if stacked else node)

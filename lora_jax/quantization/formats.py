@@ -70,6 +70,19 @@ class Format:
         return self.name in CODES
 
 
+def check_compute_dtype(dtype: Any) -> None:
+    """Raises ValueError unless weights can be formed in a dtype."""
+    try:
+        fits = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"quantize: compute_dtype: expected a floating-point dtype, got {dtype!r}. "
+            '"bfloat16" is what accelerators multiply fastest.'
+        )
+
+
 @functools.cache
 def midpoints(codes: tuple[float, ...]) -> np.ndarray:
     """The boundaries between neighbouring values, float32 `[len(codes) - 1]`.

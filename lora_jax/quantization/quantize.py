@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from lora_jax.adapters.lora import Axes
 from lora_jax.config import matches, select
-from lora_jax.quantization.formats import Format, FormatName
+from lora_jax.quantization.formats import Format, FormatName, check_compute_dtype
 from lora_jax.quantization.quantized import Quantized, quantize_array
 from lora_jax.transform.roles import Uses, find_uses
 from lora_jax.tree import Adapted, flatten, is_virtual
@@ -73,6 +73,7 @@ def quantize(
       Array(1., dtype=float32)
     """
     kind = Format(format, block_size, double_quant)
+    check_compute_dtype(compute_dtype)
     leaves, structure = flatten(params)
     named = {path: leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
     chosen, every = _targets(named, targets, exclude)

@@ -152,7 +152,7 @@ def _start(
 def _nearest_factors(
     weight: Float[Array, "..."], *, axes: Axes, rank: int, scale: float
 ) -> tuple[Float[Array, "*batch_in rank"], Float[Array, "*batch_rank_out"]]:
-    """A and B with `scale A B` the nearest of that rank: `U sqrt(S / scale)`, `sqrt(S / scale) V`."""
+    """A and B with `scale A B` the nearest of that rank: `U sqrt(S/scale)`, `sqrt(S/scale) V`."""
     batch, inputs, outputs = (
         tuple(weight.shape[axis] for axis in group)
         for group in (axes.batch, axes.inputs, axes.outputs)

@@ -30,6 +30,7 @@ class Case:
     targets: Any = "*"
     exclude: tuple[str, ...] = ()
     rank: int = 2
+    forms_base: bool = False  # Whether a quantized base would have to be formed outside a product.
     jax_cannot: tuple[str, ...] = ()  # What JAX refuses to do with the plain function, too.
 
     @property
@@ -484,7 +485,7 @@ def scan_carry():
     return with_w(fn, 6, 6)
 
 
-@case("batch, in, out")
+@case("batch, in, out", forms_base=True)
 def scan_returning_weights():
     """As `nnx.scan` does, whose layers come out again, stacked."""
 
@@ -623,7 +624,7 @@ def shard_map_of_activations():
     return with_w(fn, 6, 8)
 
 
-@case("in, out", jax_cannot=("pmap",))
+@case("in, out", forms_base=True, jax_cannot=("pmap",))
 def shard_map_of_the_weight():
     def fn(w, x):
         product = lambda w, x: lax.psum(x @ w, "model")  # noqa: E731
@@ -633,7 +634,7 @@ def shard_map_of_the_weight():
     return with_w(fn, 6, 8)
 
 
-@case("in, out", jax_cannot=("pmap",))
+@case("in, out", forms_base=True, jax_cannot=("pmap",))
 def shard_map_gathering_the_weight():
     def fn(w, x):
         product = lambda w, x: x @ lax.all_gather(w, "model", axis=0, tiled=True)  # noqa: E731

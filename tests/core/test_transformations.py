@@ -13,21 +13,9 @@ import pytest
 import lora_jax as lora
 
 from .cases import cast, random_like
-from .table import cases
+from .table import assert_close, cases, scalar
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Hundreds of programs of a few numbers each: compiling them well takes longer than running."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-def scalar(outputs):
-    """A number that depends on every output in a nonlinear way."""
-    return sum(jnp.sin(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))).sum()
-               for leaf in jax.tree.leaves(outputs))  # fmt: skip
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def both(case, **options):
@@ -39,16 +27,6 @@ def both(case, **options):
         lambda adapter: fn(lora.merge(params, adapter), *args),
         adapter,
     )
-
-
-def assert_close(got, want, tolerance=2e-5):
-    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
-    assert len(got) == len(want)
-    for left, right in zip(got, want, strict=True):
-        left, right = (np.asarray(x, np.float64) for x in (left, right))
-        assert left.shape == right.shape
-        bound = tolerance * max(1e-3, np.abs(right).max(initial=0))
-        np.testing.assert_allclose(left, right, rtol=0, atol=bound)
 
 
 @cases

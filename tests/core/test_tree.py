@@ -152,7 +152,9 @@ def test_summary_counts():
     assert summary.trainable == 2 * (16 * 3 + 3 * 16)
     assert summary.total == 512
     assert [row.path for row in summary.rows] == ["a", "b"]
-    assert "192 of 512 parameters train (37.5000%). The base takes 0.002 MB, 32 bits a" in str(summary)
+    assert "192 of 512 parameters train (37.5000%). The base takes 0.002 MB, 32 bits a" in str(
+        summary
+    )
     abstract = jax.eval_shape(lambda: params)
     assert str(lora.summary(abstract, adapter)) == str(summary)
 

@@ -30,22 +30,23 @@ CASES = {
 VOCAB = 99
 
 
-def make(case, seed=0):
+def make(case, seed=0, **sizes):
     """Returns a model whose every tensor is random and large enough to show in the logits."""
     name, options = CASES[case]
     config = getattr(transformers, f"{name}Config")(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
         **{
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
             "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
             "bos_token_id": 1,
             "eos_token_id": 2,
             **options,
+            **sizes,
         },
     )
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
