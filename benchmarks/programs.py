@@ -1,16 +1,23 @@
-"""The programs that the benchmarks and the cost tests compare: lifted, and written by hand."""
+"""The programs that the benchmarks and the cost tests compare, and what to compile them for."""
 
 from __future__ import annotations
 
-from typing import Any
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lora
 
 LAYERS, WIDTH, RANK, BATCH = 8, 1024, 16, 256
+QUANTIZED_WIDTH = 2048
 SCALE = 2.0
 
 
@@ -142,3 +149,81 @@ def transformer_arguments(layers: int, width: int, *, scan: bool) -> tuple[Any, 
         lambda key: lora.init(key, config, transformer, params, x, scan=scan), _key()
     )
     return params, adapter, by_hand, x
+
+
+def scanned_stack(kernels: jax.Array, x: jax.Array) -> jax.Array:
+    """`dense_stack` scanned, its kernels one array `[L, d, d]`."""
+    return lax.scan(lambda x, kernel: (jax.nn.relu(x @ kernel), None), x, kernels)[0]
+
+
+class Frozen(NamedTuple):
+    """A stack of dense layers to be adapted, 16-bit and 4-bit; all arrays are abstract.
+
+    Attributes:
+      forward: `(adapted kernels, x) -> y`, lifted.
+      loss: `(adapter, kernels, x) -> mean of y ** 2`.
+      kernels: what stands for them, by name: "dense" in the model's dtype, "nf4" quantized.
+      adapter: low-rank, on all of them.
+      x: `[batch, d]`.
+    """
+
+    forward: Callable[..., Any]
+    loss: Callable[..., Any]
+    kernels: dict[str, Any]
+    adapter: Any
+    x: jax.ShapeDtypeStruct
+
+
+def frozen_stack(dtype: Any, *, scan: bool = True, batch: int = BATCH) -> Frozen:
+    """`LAYERS` layers of `QUANTIZED_WIDTH`, rank `RANK`, in a model of that dtype."""
+    width = QUANTIZED_WIDTH
+    function = scanned_stack if scan else dense_stack
+    kernels: Any = (
+        jax.ShapeDtypeStruct((LAYERS, width, width), dtype) if scan
+        else [jax.ShapeDtypeStruct((width, width), dtype)] * LAYERS
+    )  # fmt: skip
+    x = jax.ShapeDtypeStruct((batch, width), dtype)
+    config = lora.LoraConfig(rank=RANK, alpha=SCALE * RANK, targets="*")
+    adapter = jax.eval_shape(lambda key: lora.init(key, config, function, kernels, x), _key())
+    forward = lora.lift(function)
+
+    def loss(adapter: Any, kernels: Any, x: jax.Array) -> jax.Array:
+        return (forward(lora.combine(kernels, adapter), x).astype(jnp.float32) ** 2).mean()
+
+    both = {"dense": kernels, "nf4": lora.quantize(function, kernels, x)}
+    return Frozen(forward, loss, both, adapter, x)
+
+
+def frozen_step(stack: Frozen, kind: str, sharding: Any = None) -> Any:
+    """Compiled `value_and_grad` with respect to the adapter.
+
+    Args:
+      stack: the program.
+      kind: which of its kernels.
+      sharding: of every argument and result; None for the default device.
+    """
+    step = jax.jit(jax.value_and_grad(stack.loss), in_shardings=sharding, out_shardings=sharding)
+    return step.lower(stack.adapter, stack.kernels[kind], stack.x).compile()
+
+
+def base_argument_bytes(stack: Frozen, compiled: Any) -> int:
+    """What of a compiled step's arguments is the frozen base."""
+    other = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stack[-2:]))
+    return compiled.memory_analysis().argument_size_in_bytes - other
+
+
+def tpu_v5e() -> NamedSharding | None:
+    """All on one chip of a TPU v5e, to compile for without having one; None without libtpu."""
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    # What a TPU machine would tell libtpu. It reads them when it is loaded, which is below.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+    # It never touches a chip, so several processes may load it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    chip = topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1]
+    return NamedSharding(Mesh(np.array(chip), ("chip",)), PartitionSpec())
+
+
+WITHOUT_LIBTPU = "not compiled for TPU v5e: no libtpu; pip install 'lora_jax[tpu-aot]'"

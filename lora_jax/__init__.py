@@ -7,6 +7,7 @@ from lora_jax.initialization import init as init
 from lora_jax.merging import merge as merge
 from lora_jax.merging import switch as switch
 from lora_jax.merging import unmerge as unmerge
+from lora_jax.offloading import offload as offload
 from lora_jax.optim import adapter_only as adapter_only
 from lora_jax.quantization.quantize import dequantize as dequantize
 from lora_jax.quantization.quantize import quantize as quantize

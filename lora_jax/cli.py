@@ -77,6 +77,8 @@ def run(arguments: Sequence[str]) -> int:
 def parse(arguments: Sequence[str]) -> Options:
     """The options that arguments mean; a run that goes on starts from those it was started with.
 
+    What is not given has the defaults of the method: with `--quantize`, those of QLoRA.
+
     Raises:
         InputError: a value is out of range, or there is no run to go on with.
         SystemExit: `--help`, or arguments that make no sense; tyro has printed why.
@@ -95,6 +97,8 @@ def parse(arguments: Sequence[str]) -> Options:
                 ) from error
             saved = dataclasses.replace(saved, out=options.folder(), overwrite=False)
             options = _cli(arguments, saved)
+        elif isinstance(options, FinetuneOptions) and options.model.quantize is not None:
+            options = _cli(arguments, FinetuneOptions.qlora())
     return options
 
 

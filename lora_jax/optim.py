@@ -1,4 +1,4 @@
-"""Optimizers for code that keeps base and adapter in one tree."""
+"""Optimizers that see the adapter alone, and optimizers that can leave a step out."""
 
 from __future__ import annotations
 
@@ -45,7 +45,11 @@ def adapter_only(tx: optax.GradientTransformation) -> optax.GradientTransformati
         adapter = None if params is None else _adapter(params)
         moves: Any
         moves, state = tx.update(_adapter(updates), state, adapter, **extra)
-        zero = lambda leaf: jnp.zeros((), leaf.dtype)  # noqa: E731
+
+        def zero(leaf: Any) -> jax.Array:
+            # Codes of quantized weights have gradients of no dtype that could be added.
+            kind = bool if leaf.dtype == jax.dtypes.float0 else leaf.dtype
+            return jnp.zeros((), kind)
 
         def place(node: Any) -> Any:
             still = jax.tree.map(zero, node)
@@ -56,6 +60,62 @@ def adapter_only(tx: optax.GradientTransformation) -> optax.GradientTransformati
         return jax.tree.map(place, updates, is_leaf=is_virtual), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+class Conditional(optax.GradientTransformationExtraArgs):
+    """An optimizer whose `update` takes `apply`, as `conditional` describes."""
+
+
+def conditional(tx: optax.GradientTransformation) -> Conditional:
+    """Makes an optimizer leave a step out where it is told to.
+
+    Args:
+      tx: any optax transformation; one that is conditional already comes back as it is. Whatever
+        moves the state out of device memory must be so: `lora_jax.offload` is.
+
+    Returns:
+      A transformation with the state of `tx`, whose `update` takes the keyword `apply`: a boolean
+      scalar, or `None` for "yes". Where it is False, the updates are zero and the state comes back
+      as it was, so that what is not finite in the gradient reaches neither.
+
+    Raises:
+      ValueError: `update` with `apply` finds that `tx` keeps state in host memory.
+
+    Example:
+      >>> tx = conditional(optax.adam(0.1))
+      >>> state = tx.init(jnp.ones(()))
+      >>> updates, state = tx.update(jnp.nan, state, apply=jnp.array(False))
+      >>> float(state[0].mu), int(state[0].count)
+      (0.0, 0)
+    """
+    if isinstance(tx, Conditional):
+        return tx
+    inner = optax.with_extra_args_support(tx)
+
+    def update_fn(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        apply: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[Any, Any]:
+        moves, new = inner.update(updates, state, params, **extra)
+        if apply is None:
+            return moves, new
+        for path, leaf in jax.tree.leaves_with_path(new):
+            if jax.typeof(leaf).memory_space == jax.memory.Space.Host:
+                raise ValueError(
+                    f"conditional: state{jax.tree_util.keystr(path)}: expected device memory, to "
+                    "choose between old and new there, got host memory. Put lora_jax.offload "
+                    "around the whole optimizer: offload(optax.chain(...))."
+                )
+        # x + -0.0 is x, and 0.0 would turn -0.0 into 0.0.
+        still = lambda move: jnp.where(apply, move, jnp.full_like(move, -0.0))  # noqa: E731
+        keep = lambda new, old: jnp.where(apply, new, old)  # noqa: E731
+        return jax.tree.map(still, moves), jax.tree.map(keep, new, state)
+
+    return Conditional(inner.init, update_fn)
 
 
 def _adapter(tree: Any) -> Any:

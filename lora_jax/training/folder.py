@@ -174,7 +174,8 @@ class RunFolder:
         """Reads what `save` saved.
 
         Args:
-            like: a state of the same structure, shapes and dtypes.
+            like: a state of the same structure, shapes and dtypes. Leaves are put where its leaves
+                are: in the host's memory those of an offloaded optimizer.
 
         Returns:
             `(state, place)`.
@@ -208,7 +209,9 @@ class RunFolder:
             expected = f"{leaf.dtype}{list(leaf.shape)}"
             if (got := f"{arrays[name].dtype}{list(arrays[name].shape)}") != expected:
                 raise FolderError(f"{file}: {name}: expected {expected}, got {got}. {_SAME}")
-        plain = structure.unflatten([jnp.array(arrays[name]) for name in names])
+        plain = structure.unflatten(
+            [_placed(arrays[name], leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
+        )
         key = jax.random.wrap_key_data(plain.key, impl=jax.random.key_impl(like.key))
         return dataclasses.replace(plain, key=key), place
 
@@ -271,6 +274,12 @@ _SAME = "Give the options that the run was started with, or start it anew (--ove
 def _plain(state: TrainState) -> TrainState:
     """With the key as its raw numbers."""
     return dataclasses.replace(state, key=jax.random.key_data(state.key))
+
+
+def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
+    """A copy, since the state is donated; on no particular device if `like` is on none."""
+    copy = jnp.array(array)
+    return jax.device_put(copy, like.sharding) if like.committed else copy
 
 
 def _json(values: Mapping[str, Any]) -> str:

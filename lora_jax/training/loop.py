@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import signal
 import threading
 import time
@@ -18,7 +17,7 @@ from lora_jax.training.batching import Batch
 from lora_jax.training.evaluation import Evaluation
 from lora_jax.training.step import Metrics, TrainState
 
-Step = Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
 class NonFiniteLoss(ArithmeticError):
@@ -121,15 +120,7 @@ def run(
         Interrupted: Ctrl-C. The state has been saved.
         ValueError: the batches end too early.
     """
-
-    # Once a step fails, the one dispatched behind it must not change the state either.
-    @functools.partial(jax.jit, donate_argnums=0)
-    def guarded(
-        state: TrainState, alive: jax.Array, params: Any, batch: Batch
-    ) -> tuple[TrainState, jax.Array, Metrics]:
-        new, metrics = step(state, params, batch)
-        alive = alive & metrics.finite
-        return jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, state), alive, metrics
+    advance = jax.jit(step, donate_argnums=0)
 
     def finish(pending: _Pending | None) -> None:
         """Waits for a step and reports it."""
@@ -156,7 +147,7 @@ def run(
 
     first = int(state.step)
     rates = np.asarray([learning_rate(number) for number in range(first, steps)])
-    alive = jnp.ones((), bool)
+    finite = jnp.ones((), bool)
     pending: _Pending | None = None
     place = batches.get_state()
     with interruptible() as interrupted:
@@ -168,7 +159,9 @@ def run(
                 raise ValueError(
                     f"The data ended after {number - 1} steps; expected enough for {steps}."
                 ) from None
-            state, alive, metrics = guarded(state, alive, params, batch)
+            state, metrics = advance(state, params, batch, finite)
+            # Once a step fails, the one dispatched behind it must not change the state either.
+            finite = metrics.finite
             finish(pending)
             pending = _Pending(number, metrics, batch, place)
             place = batches.get_state()

@@ -12,6 +12,8 @@ import optax
 
 from lora_jax.config import LoraConfig
 from lora_jax.interop.pretrained import SMOLLM2
+from lora_jax.offloading import offload
+from lora_jax.quantization.formats import FormatName
 
 TWEETS = "tweets"
 
@@ -27,12 +29,16 @@ class ModelOptions:
         unroll: Compile every layer apart, instead of one for all: much slower to compile. An
             adapter fits the base in the layout that it was trained in.
         remat: Recompute each layer in the backward pass: less memory, a third more time.
+        quantize: Store the base's linear layers in 4 bits (nf4, fp4) or 8 (int8), as in QLoRA. It
+            comes with that paper's recipe, unless you give these yourself: rank 64, alpha 16, a
+            constant learning rate, clip 0.3.
     """
 
     model: str = SMOLLM2
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     unroll: bool = False
     remat: bool = False
+    quantize: FormatName | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,7 @@ class OptimizerOptions:
         weight_decay: Decoupled, of the adapter's leaves.
         clip: Longer gradients are scaled down to this global norm; 0 for no clipping.
         accumulate: Micro-batches of `rows` rows that make up one update, one in memory at a time.
+        paged: Keep the optimizer's state in the host's memory between steps, where the device can.
     """
 
     learning_rate: float = 1e-3
@@ -114,6 +121,7 @@ class OptimizerOptions:
     weight_decay: float = 0.0
     clip: float = 1.0
     accumulate: int = 1
+    paged: bool = False
 
     def check(self) -> None:
         """Raises ValueError, with the option's name, where a value is out of range."""
@@ -144,7 +152,8 @@ class OptimizerOptions:
 
     def optimizer(self, steps: int) -> optax.GradientTransformation:
         """AdamW with that schedule."""
-        return optax.adamw(self.learning_rates(steps), weight_decay=self.weight_decay)
+        tx = optax.adamw(self.learning_rates(steps), weight_decay=self.weight_decay)
+        return offload(tx) if self.paged else tx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +215,14 @@ class FinetuneOptions:
             return Path("runs") / "smollm2-sentiment"
         model = self.model.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
         return Path("runs") / f"{model}-{self.data.data.stem if self.data.data else TWEETS}"
+
+    @classmethod
+    def qlora(cls) -> FinetuneOptions:
+        """The defaults that go with a quantized base: the paper's recipe (arXiv:2305.14314)."""
+        return cls(
+            lora=LoraOptions(rank=64, alpha=16.0),
+            optimizer=OptimizerOptions(schedule="constant", warmup=0.03, clip=0.3),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values, ready for JSON."""

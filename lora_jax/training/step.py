@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lora_jax.optim import conditional
+
 PyTree: TypeAlias = Any
 LossFn: TypeAlias = Callable[[PyTree, PyTree, PyTree, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -39,7 +41,8 @@ class Metrics(NamedTuple):
         loss: float32, the weighted mean of the losses before the update.
         grad_norm: float32, global norm of the gradient before clipping.
         weight: float32, the sum of the weights: for a language model, the tokens learned.
-        finite: bool, whether loss and gradient were finite. If not, nothing was updated.
+        finite: bool, whether loss and gradient were finite, and `finite` was given as True. If
+            not, nothing was updated.
     """
 
     loss: jax.Array
@@ -66,7 +69,7 @@ def make_step(
     *,
     accumulate: int = 1,
     max_grad_norm: float | None = None,
-) -> Callable[[TrainState, PyTree, PyTree], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Makes a pure function that does one update.
 
     The gradient is that of `sum of losses / sum of weights` over the whole batch, so micro-batches
@@ -76,15 +79,16 @@ def make_step(
         loss_fn: `(adapter, params, batch, key) -> (total, weight)`: the sum of the losses, and of
             the weights that they were multiplied with, both scalars. Any function will do; one
             that calls a lifted model on `combine(params, adapter)` trains the adapter.
-        tx: the optimizer.
+        tx: the optimizer. Its state may be in host memory, with `lora_jax.offload` outermost.
         accumulate: n, into how many micro-batches a batch is cut; one is in memory at a time. The
             first axis of every leaf of the batch must be a multiple of n.
         max_grad_norm: longer gradients are scaled down to this global norm; `None` for none.
 
     Returns:
-        `step(state, params, batch) -> (state, metrics)`, to be compiled with
-        `jax.jit(step, donate_argnums=0)`. Where loss or gradient is not finite, the state comes
-        back as it was.
+        `step(state, params, batch, finite=True) -> (state, metrics)`, to be compiled with
+        `jax.jit(step, donate_argnums=0)`. Where loss or gradient is not finite, or `finite` is
+        False, the state comes back as it was. With `metrics.finite` of the step before as
+        `finite`, no step changes anything once one has failed, and nobody waits to find out.
 
     Raises:
         ValueError: `accumulate` is below 1, `max_grad_norm` is not positive, or (when the step is
@@ -106,6 +110,7 @@ def make_step(
         raise ValueError(
             f"make_step: max_grad_norm: expected a positive number or None, got {max_grad_norm}."
         )
+    tx = conditional(tx)
     sums = jax.value_and_grad(loss_fn, has_aux=True)
 
     def accumulated(adapter: PyTree, params: PyTree, batch: PyTree, key: jax.Array):
@@ -121,24 +126,25 @@ def make_step(
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (parts, jax.random.split(key, accumulate)))[0]
 
-    def step(state: TrainState, params: PyTree, batch: PyTree) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, params: PyTree, batch: PyTree, finite: jax.Array | bool = True
+    ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         (total, weight), grads = accumulated(state.adapter, params, batch, key)
         share = 1 / jnp.where(weight > 0, weight, 1)  # Nothing to learn: a zero gradient, no NaN.
         loss = total * share
         grads = jax.tree.map(lambda g: (g * share).astype(g.dtype), grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        finite = finite & jnp.isfinite(loss) & jnp.isfinite(norm)
         if max_grad_norm is not None:
             grads, _ = optax.clip_by_global_norm(max_grad_norm).update(grads, optax.EmptyState())
-        updates, opt_state = tx.update(grads, state.opt_state, state.adapter)
+        updates, opt_state = tx.update(grads, state.opt_state, state.adapter, apply=finite)
         new = dataclasses.replace(
             state,
             adapter=optax.apply_updates(state.adapter, updates),
             opt_state=opt_state,
-            step=state.step + 1,
+            step=state.step + finite,
         )
-        new = jax.tree.map(lambda old, new: jnp.where(finite, new, old), state, new)
         return new, Metrics(loss, norm, weight, finite)
 
     return step

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
 from lora_jax.training import folder as folder_module
@@ -17,15 +18,16 @@ from lora_jax.training.step import init_state
 
 CONFIG = lora.LoraConfig(rank=2, targets=("w",))
 PARAMS = {"w": jnp.arange(64.0).reshape(8, 8)}
+TX = optax.adam(1e-3)
 PLACE = {"batches": {"next": 3}, "examples": "abc"}
 
 
-def state_at(step, *, dtype=None):
+def state_at(step, *, dtype=None, tx=TX):
     config = dataclasses.replace(CONFIG, dtype=dtype)
     adapter = lora.init(
         jax.random.key(step), config, lambda p, x: x @ p["w"], PARAMS, jnp.ones((1, 8))
     )
-    state = init_state(adapter, optax.adam(1e-3), jax.random.key(9))
+    state = init_state(adapter, tx, jax.random.key(9))
     return dataclasses.replace(state, step=jnp.asarray(step, jnp.int32))
 
 
@@ -56,6 +58,30 @@ def test_what_is_saved_comes_back_bit_for_bit(folder, dtype):
     adapter, config = lora.restore(folder.adapter, PARAMS)
     assert_same(adapter, state.adapter)
     assert config == CONFIG
+
+
+def test_state_in_host_memory_comes_back_there(folder):
+    tx = lora.offload(TX)
+    state = state_at(3, tx=tx)
+    folder.save(state, CONFIG, PARAMS, place=PLACE)
+    again, _ = folder.restore(state_at(0, tx=tx))
+    assert_same(again, state)
+    placed = lambda state: jax.tree.map(lambda leaf: leaf.sharding, state)  # noqa: E731
+    assert placed(again) == placed(state)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(again.opt_state[0].mu)}
+    assert kinds == {"pinned_host"}
+    # What was saved with the state in one memory goes on with it in the other.
+    assert_same(folder.restore(state_at(0))[0], state)
+
+
+def test_a_sharded_state_comes_back_sharded(folder):
+    rows = NamedSharding(jax.make_mesh((4,), ("x",)), PartitionSpec("x"))
+    shard = lambda leaf: jax.device_put(leaf, rows) if leaf.shape[:1] == (8,) else leaf  # noqa: E731
+    folder.save(state_at(3), CONFIG, PARAMS, place=PLACE)
+    again, _ = folder.restore(jax.tree.map(shard, state_at(0)))
+    assert_same(again, state_at(3))
+    assert again.opt_state[0].nu["w"].lora_a.sharding == rows
+    assert not again.step.committed
 
 
 def test_a_save_replaces_the_one_before(folder):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+import lora_jax as lora
 from lora_jax.training import loop
 from lora_jax.training.batching import training_batches
 from lora_jax.training.evaluation import Evaluation
@@ -18,6 +19,7 @@ from lora_jax.training.step import init_state, make_step
 
 RATES = optax.linear_schedule(0.1, 0.0, 12)
 TX = optax.adam(RATES)
+OFFLOADED = lora.offload(TX)
 
 
 def example(number, *, poison=False):
@@ -65,15 +67,15 @@ def batches(examples=GOOD, place=None):
     return iterator
 
 
-def start():
-    return init_state({"a": jnp.zeros(9)}, TX, jax.random.key(5))
+def start(tx=TX):
+    return init_state({"a": jnp.zeros(9)}, tx, jax.random.key(5))
 
 
-def run(state, recorder, *, steps=12, data=None, evaluate_at=(), examples=GOOD):
+def run(state, recorder, *, steps=12, data=None, evaluate_at=(), examples=GOOD, tx=TX):
     return loop.run(
         state,
         jnp.float32(0.5),
-        step=make_step(loss_fn, TX, max_grad_norm=1.0),
+        step=make_step(loss_fn, tx, max_grad_norm=1.0),
         batches=batches(examples) if data is None else data,
         steps=steps,
         learning_rate=RATES,
@@ -111,6 +113,18 @@ def test_it_reports_every_step_as_a_plain_loop_computes_it():
     assert len(recorder.saved) == 1
 
 
+def test_it_trains_alike_with_the_state_in_host_memory():
+    plain, offloaded = Recorder(), Recorder()
+    wanted = run(start(), plain, evaluate_at=(5,))
+    final = run(start(OFFLOADED), offloaded, evaluate_at=(5,), tx=OFFLOADED)
+    assert offloaded.entries == plain.entries
+    for (one, place), (two, other) in zip(offloaded.saved, plain.saved, strict=True):
+        assert_same(one, two)
+        assert place == other
+    assert_same((final.adapter, final.opt_state), (wanted.adapter, wanted.opt_state))
+    assert final.opt_state[0].mu["a"].sharding.memory_kind == "pinned_host"
+
+
 def test_it_evaluates_and_saves_at_the_given_steps():
     recorder = Recorder()
     run(start(), recorder, evaluate_at=(4, 9))
@@ -131,7 +145,8 @@ def test_going_on_from_a_save_is_the_run_that_was_not_interrupted():
     assert_same(resumed.opt_state, final.opt_state)
 
 
-def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_good_state():
+@pytest.mark.parametrize("tx", [TX, OFFLOADED], ids=["device", "host"])
+def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_good_state(tx):
     examples = [*GOOD[:17], example(17, poison=True), *GOOD[18:]]
     data, step = batches(examples), 0
     while True:
@@ -141,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_good_state():
     assert 2 < step < 11  # or the test would show little
     recorder, reference = Recorder(), Recorder()
     with pytest.raises(loop.NonFiniteLoss) as caught:
-        run(start(), recorder, examples=examples)
+        run(start(tx), recorder, examples=examples, tx=tx)
     assert str(caught.value).startswith(f"step {step}: the loss is nan")
     assert "train.jsonl:18" in str(caught.value)
     run(start(), reference, examples=examples, evaluate_at=(step - 1,), steps=step - 1)

@@ -57,8 +57,9 @@ def test_the_gradient_is_clipped_and_its_own_norm_reported():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_nothing_is_updated_where_the_loss_is_not_finite(bad, accumulate):
-    tx = optax.adam(0.1)
+@pytest.mark.parametrize("place", [lambda tx: tx, lora.offload], ids=["device", "host"])
+def test_nothing_is_updated_where_the_loss_is_not_finite(bad, accumulate, place):
+    tx = place(optax.adam(0.1))
     good, _ = once(tx, accumulate=accumulate)
     kept = jax.device_get((good.adapter, good.opt_state, good.step))
     step = jax.jit(make_step(weighted_squares, tx, accumulate=accumulate, max_grad_norm=1.0))
@@ -69,6 +70,55 @@ def test_nothing_is_updated_where_the_loss_is_not_finite(bad, accumulate):
     after, metrics = step(state, BASE, BATCH)
     assert metrics.finite
     assert int(after.step) == 2
+
+
+@pytest.mark.parametrize("place", [lambda tx: tx, lora.offload], ids=["device", "host"])
+def test_nothing_is_updated_behind_a_step_that_failed(place):
+    """Bit for bit, so that a leaf with -0.0 keeps its sign."""
+    tx = place(optax.adam(0.1))
+    start = np.where(np.arange(5) == 2, -0.0, START).astype(np.float32)
+    step = jax.jit(make_step(weighted_squares, tx))
+    state = init_state(jnp.asarray(start), tx, jax.random.key(0))
+    after, metrics = step(state, BASE, BATCH, jnp.array(False))
+    assert not metrics.finite
+    assert np.isfinite(metrics.loss)
+    np.testing.assert_array_equal(after.adapter.view(np.uint32), start.view(np.uint32))
+    assert int(after.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, state.opt_state)
+    moved, metrics = step(after, BASE, BATCH, jnp.array(True))
+    assert metrics.finite
+    np.testing.assert_array_equal(moved.adapter, step(state, BASE, BATCH)[0].adapter)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_state_in_host_memory_changes_no_number_and_stays_there(accumulate):
+    def run(tx):
+        state = init_state(jnp.asarray(START), tx, jax.random.key(0))
+        step = make_step(weighted_squares, tx, accumulate=accumulate, max_grad_norm=1.0)
+        step, norms = jax.jit(step, donate_argnums=0), []
+        for number in range(4):
+            given = state
+            weights = WEIGHTS * (np.nan if number == 2 else 1)
+            state, metrics = step(state, BASE, {**BATCH, "weights": weights})
+            norms.append(metrics.grad_norm)
+            assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+        return state, norms
+
+    tx = optax.adamw(optax.linear_schedule(0.1, 0.0, 4))
+    (state, norms), (plain, expected) = run(lora.offload(tx)), run(tx)
+    np.testing.assert_array_equal(norms, expected)
+    for name in ("adapter", "opt_state", "step"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(plain, name))
+    assert int(state.step) == 3
+    assert state.adapter.sharding.memory_kind == "device"
+    for moment in (state.opt_state[0].mu, state.opt_state[0].nu):
+        assert moment.sharding.memory_kind == "pinned_host"
+
+
+def test_an_optimizer_with_a_part_in_host_memory_is_refused():
+    tx = optax.chain(lora.offload(optax.adam(0.1)), optax.scale(0.5))
+    with pytest.raises(ValueError, match=r"state\[0\].*around the whole optimizer"):
+        once(tx)
 
 
 def test_a_gradient_that_is_not_finite_under_a_finite_loss_is_seen():
