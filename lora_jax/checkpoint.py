@@ -111,9 +111,9 @@ def restore(
     """
     path = Path(directory).absolute()
     about = read_about(path)
-    if not allow_other_base and (difference := _difference(about["base"], fingerprint(params))):
+    if not allow_other_base and (differs := difference(about["base"], fingerprint(params))):
         raise CheckpointError(
-            f"{path}: the adapter was made for another base. {difference} Load the base it was "
+            f"{path}: the adapter was made for another base. {differs} Load the base it was "
             "trained on, or pass allow_other_base=True if the difference is meant."
         )
     abstract = {
@@ -225,7 +225,13 @@ def _axes(saved: Mapping[str, Any]) -> Axes:
     return Axes(**{group: tuple(indices) for group, indices in saved.items()})
 
 
-def _difference(saved: dict[str, Any], given: dict[str, Any]) -> str:
+def difference(saved: dict[str, Any], given: dict[str, Any]) -> str:
+    """How one fingerprint differs from another: a sentence, empty if it does not.
+
+    Args:
+      saved: the one expected.
+      given: the one found.
+    """
     ours, theirs = saved["leaves"], given["leaves"]
     for path in sorted({*ours, *theirs}):
         if ours.get(path) != theirs.get(path):

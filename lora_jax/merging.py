@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lora_jax.tree import Adapted, Packed, Update, check_fits, flatten
+from lora_jax.tree import Adapted, Packed, Update, check_fits, flatten, is_virtual
 
 
 def merge(params: Any, adapter: Mapping[str, Update], *, requantize: bool = False) -> Any:
@@ -39,7 +39,7 @@ def merge(params: Any, adapter: Mapping[str, Update], *, requantize: bool = Fals
 
     def add(leaf: Any, update: Update | None) -> Any:
         packed = isinstance(leaf, Packed)
-        if update is None and (requantize or not packed):
+        if update is None and (not is_virtual(leaf) or (packed and requantize)):
             return leaf
         base = _plain(leaf)
         merged = base if update is None else update.add_to(base, 1)
@@ -92,7 +92,7 @@ def switch(params: Any, adapters: Mapping[str, Mapping[str, Update]], name: str 
       KeyError: no adapter has that name; those there are, are listed.
     """
     if name is None:
-        return params
+        return merge(params, {})
     if name not in adapters:
         raise KeyError(f"No adapter is named {name!r}. There are: {sorted(adapters)}.")
     return merge(params, adapters[name])

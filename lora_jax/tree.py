@@ -47,6 +47,10 @@ class Packed(VirtualWeight):
         """Axes that can be cut without forming the weight."""
 
     @abc.abstractmethod
+    def check(self) -> None:
+        """Raises ValueError, with the path, if its arrays are not those of the weight any more."""
+
+    @abc.abstractmethod
     def form(self, dtype: Any = None) -> jax.Array:
         """The weight as one dense array, by default in the dtype that it is multiplied in."""
 

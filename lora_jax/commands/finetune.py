@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from lora_jax import checkpoint
 from lora_jax.commands.display import printable, progress_bar, summary_table
 from lora_jax.commands.errors import reading_input
 from lora_jax.config import LoraConfig
@@ -206,6 +207,12 @@ def _restore(folder: RunFolder, run: _Run) -> tuple[TrainState, dict[str, Any]]:
     if int(state.step) > run.steps:
         raise FolderError(
             f"{folder.path}: the run is at step {int(state.step)}, beyond --steps {run.steps}."
+        )
+    made_with = checkpoint.read_about(folder.adapter)["base"]
+    if difference := checkpoint.difference(made_with, checkpoint.fingerprint(run.model.params)):
+        raise FolderError(
+            f"{folder.path}: the run was made on another base. {difference} Go on without --model, "
+            "--dtype, --unroll and --quantize, or start anew (--overwrite)."
         )
     folder.forget_after(int(state.step))
     return state, place["batches"]

@@ -10,6 +10,7 @@ from typing import Any
 from lora_jax import checkpoint
 from lora_jax.commands.errors import InputError
 from lora_jax.config import LoraConfig
+from lora_jax.interop.huggingface import read_json
 from lora_jax.interop.pretrained import Pretrained, load_pretrained
 from lora_jax.interop.tokenizer import Tokenizer
 from lora_jax.quantization.formats import Format
@@ -42,11 +43,13 @@ class Trained:
         """Of its base's parameters."""
         return self.about["base"]["leaves"]["embed/embedding"].split("[")[0]
 
-    @property
-    def format(self) -> Format | None:
-        """In which its base was quantized when it was loaded; a file may hold a quantized one."""
-        name = self.run.get("options", {}).get("model", {}).get("quantize")
-        return None if name is None else Format(name)
+    def format(self, source: str) -> Format | None:
+        """In which its base is to be quantized; None if it is not, or is in 4 bits in its files."""
+        stored = next(iter(self.about["base"].get("quantized", {}).values()), None)
+        config = Path(source) / "config.json"
+        if stored is None or (config.is_file() and "quantization_config" in read_json(config)):
+            return None
+        return Format(stored["format"], stored["block_size"], stored["double_quant"])
 
     def form(self, tokenizer: Tokenizer) -> PromptForm:
         """What was around the prompts in training; a chat if that is not known and can be.
@@ -84,7 +87,7 @@ class Trained:
             source,
             dtype=self.dtype,
             scan_layers=self.scanned,
-            quantize=self.format,
+            quantize=self.format(source),
             compute_dtype=self.dtype,
         )
         adapter, config = checkpoint.restore(self.path, base.params)

@@ -35,7 +35,8 @@ def quantize(
     Traces `fn(params, *args, **kwargs)` as `init` does and lets blocks run along the axes of each
     weight that are contracted, for each output. `lift(fn)` takes the result in place of `params`,
     with or without an adapter on it; a weight is formed where it is multiplied with, and again in
-    the backward pass, never kept.
+    the backward pass; it is never kept, unless a policy of `jax.checkpoint` such as
+    `everything_saveable` says to keep all that is computed.
 
     Args:
       fn: the function the parameters are for.
@@ -43,7 +44,8 @@ def quantize(
         is abstract, too.
       *args: example inputs, arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
       targets: glob patterns over "/"-joined paths. `"*"` is every weight of two or more axes that
-        `fn` multiplies with, looked-up tables left out; any other pattern means all it matches.
+        `fn` multiplies with and does nothing else, looked-up tables left out; any other pattern
+        means all it matches.
       exclude: glob patterns of leaves that `targets` matches but that stay as they are.
       format: `"nf4"` or `"fp4"` (4 bits), or `"int8"` (8 bits, one scale for each output; the next
         two options are not used).
@@ -80,12 +82,17 @@ def quantize(
     candidates = [path for path in (*chosen, *every) if not is_virtual(named[path])]
     uses = find_uses(fn, params, args, kwargs, candidates)
     axes = {path: _axes(path, named[path], uses.get(path)) for path in chosen}
-    axes |= {path: _axes(path, named[path], uses[path]) for path in every if uses[path].is_linear}
+    axes |= {
+        path: _axes(path, named[path], uses[path])
+        for path in every
+        if uses[path].is_linear and not uses[path].others
+    }
     if not axes:
+        already = sum(map(is_virtual, named.values()))
         raise ValueError(
-            f'quantize: targets="*": the function multiplies with none of the {len(named)} '
-            "parameters in a way that a 4-bit weight covers. Name the weights by patterns to see "
-            "why each is left out."
+            f'quantize: targets="*": of {len(named)} parameters, {already} are quantized or '
+            "adapted already, and of the others that are not excluded there is none that the "
+            "function only multiplies with. Name them by patterns to see why each is left out."
         )
     out = [
         quantize_array(leaf, axes[path], kind, compute_dtype=compute_dtype, path=path)
@@ -133,7 +140,7 @@ def _targets(
     every = [
         path for path in paths
         if path not in chosen and len(leaves[path].shape) >= 2 and not is_virtual(leaves[path])
-        and jnp.issubdtype(leaves[path].dtype, jnp.floating)
+        and jnp.issubdtype(leaves[path].dtype, jnp.floating) and 0 not in leaves[path].shape
     ]  # fmt: skip
     return chosen, every
 

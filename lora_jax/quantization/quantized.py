@@ -30,6 +30,9 @@ from lora_jax.tree import Packed
 
 _static = {"static": True}
 
+LARGEST = 8e37
+"""Above it, the inverse of a scale is too small for float32."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,21 @@ class Quantized(Packed):
         """Axes that can be cut without forming the weight."""
         return self.axes.batch
 
+    def check(self) -> None:
+        """Raises ValueError if the arrays are not those of this weight any more."""
+        batch, _, outputs = (
+            tuple(self.shape[axis] for axis in group) for group in dataclasses.astuple(self.axes)
+        )
+        shape, dtype = tuple(self.codes.shape), self.codes.dtype
+        length = self.shape and shape[len(batch)] if len(shape) > len(batch) else 0
+        if shape != (*batch, length, *outputs) or dtype not in (jnp.uint8, jnp.int8):
+            raise ValueError(
+                f"{self.path}: a quantized weight's arrays were cut or cast by themselves: it "
+                f"stands for {self.dtype}{list(self.shape)}, but its codes are "
+                f"{dtype}{list(shape)}. Cut a stack inside of a function that `lift` is given, "
+                "and cast before `quantize`."
+            )
+
     def scale_values(self) -> Float[Array, "*batch_out blocks"]:
         """The scales as numbers, float32 `[*batch, *out, blocks]`."""
         if self.nested is None:
@@ -122,6 +140,7 @@ class Quantized(Packed):
         Args:
           dtype: of the result, by default `compute_dtype`.
         """
+        self.check()
         at = len(self.axes.batch)
         scales = jnp.moveaxis(self.scale_values(), -1, at)  # [*batch, blocks, *out]
         if self.format.in_four_bits:
@@ -287,7 +306,8 @@ def quantize_array(
       path: where it stands in the parameter tree.
 
     Raises:
-      ValueError: it is not floating, or holds a NaN or an infinity.
+      ValueError: it is not floating, is empty, or holds a NaN, an infinity or a value whose inverse
+        float32 does not have.
 
     Example:
       >>> import numpy as np
@@ -301,15 +321,21 @@ def quantize_array(
             f"{path}: cannot be quantized: expected floating-point values, got {array.dtype} of "
             f"shape {tuple(array.shape)}. Leave it out of `targets`."
         )
+    if 0 in array.shape:
+        raise ValueError(
+            f"{path}: cannot be quantized: expected at least one element, got shape "
+            f"{tuple(array.shape)}. Leave it out of `targets`."
+        )
     if isinstance(array, jax.ShapeDtypeStruct):
         parts = jax.eval_shape(functools.partial(_encode, axes=axes, format=format), array)[0]
     else:
         parts, bad = _encode(array, axes=axes, format=format)
         if not isinstance(bad, Tracer) and int(bad):
             raise ValueError(
-                f"{path}: cannot be quantized: {int(bad)} of its {array.size} values are NaN or "
-                "infinite; expected finite numbers, since one makes its whole block useless. Look "
-                "for where they come from: a damaged file, or a run that diverged."
+                f"{path}: cannot be quantized: {int(bad)} of its {array.size} values are NaN, "
+                f"infinite or above {LARGEST:.0e}; expected finite numbers, since one makes its "
+                "whole block useless. Look for where they come from: a damaged file, or a run that "
+                "diverged."
             )
     stands_for = jax.ShapeDtypeStruct(tuple(array.shape), jnp.dtype(dtype or array.dtype))
     codes, scales, nested = parts
@@ -338,7 +364,7 @@ def _encode(array: jax.Array, *, axes: Axes, format: Format) -> tuple[Any, jax.A
     # One matrix of a stack after the other, since each is in float32 meanwhile.
     encode = over(max(0, len(batch) - 1), one)
     parts = lax.map(encode, rows) if batch else encode(rows)
-    return parts, jnp.sum(~jnp.isfinite(array))
+    return parts, jnp.sum(~(jnp.abs(array.astype(jnp.float32)) < LARGEST))
 
 
 def _four_bits(rows: jax.Array, format: Format) -> tuple[jax.Array, jax.Array]:

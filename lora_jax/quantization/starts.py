@@ -38,7 +38,7 @@ def loftq(
 
     Raises:
       ValueError: the trees do not fit each other; no weight of the adapter is quantized; an update
-        of a quantized weight is not low-rank or has other axes; iterations is below 1.
+        of a quantized weight is not low-rank; a full weight is no array; iterations is below 1.
 
     Example:
       >>> import lora_jax as lora
@@ -82,7 +82,7 @@ def _alternate(
     params: Any, quantized: Any, adapter: Mapping[str, Update], *, iterations: int, principal: bool
 ) -> tuple[Any, dict[str, Update]]:
     name = "pissa" if principal else "loftq"
-    if iterations < 1:
+    if not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"{name}: iterations: expected at least 1, got {iterations}.")
     full = leaves_by_path(params)
     leaves, structure = flatten(quantized)
@@ -93,7 +93,7 @@ def _alternate(
     for path, base in leaves:
         update = adapter.get(path)
         if isinstance(base, Quantized) and update is not None:
-            update = _check(name, path, base, update)
+            update = _check(name, path, full[path], update)
             base, started[path] = _start(
                 full[path], base, update, iterations=iterations, principal=principal
             )
@@ -106,16 +106,16 @@ def _alternate(
     return structure.unflatten(bases), started
 
 
-def _check(name: str, path: str, base: Quantized, update: Update) -> Lora:
+def _check(name: str, path: str, weight: Any, update: Update) -> Lora:
     if not isinstance(update, Lora):
         raise ValueError(
             f"{path}: {name} starts low-rank updates, got a {type(update).__name__} on a quantized "
             "weight. Leave the weight out of `quantize`, or out of `trainable`."
         )
-    if update.axes != base.axes:
+    if not isinstance(weight, (jax.Array, np.ndarray)):
         raise ValueError(
-            f"{path}: {name}: expected an adapter with the base's axes ({base.axes}), got "
-            f"({update.axes}). Make the adapter with `init` for the same function."
+            f"{path}: {name}: expected the full weight, got a {type(weight).__name__}. Give the "
+            "parameters as they were before `quantize`, first."
         )
     return update
 
@@ -124,7 +124,8 @@ def _start(
     weight: Any, base: Quantized, update: Lora, *, iterations: int, principal: bool
 ) -> tuple[Quantized, Lora]:
     """Q and A, B for one weight, all matrices of a stack."""
-    axes, wide = base.axes, jnp.promote_types(base.dtype, jnp.float32)
+    # The update's own: of a looked-up table they are the other way round.
+    axes, wide = update.axes, jnp.promote_types(base.dtype, jnp.float32)
     weight = jnp.asarray(weight).astype(wide)
     a, b = update.lora_a, update.lora_b
 

@@ -112,7 +112,8 @@ class OptimizerOptions:
         weight_decay: Decoupled, of the adapter's leaves.
         clip: Longer gradients are scaled down to this global norm; 0 for no clipping.
         accumulate: Micro-batches of `rows` rows that make up one update, one in memory at a time.
-        paged: Keep the optimizer's state in the host's memory between steps, where the device can.
+        paged: Keep the optimizer's state in the host's memory between steps. Refused where the
+            device has no way to its host's memory.
     """
 
     learning_rate: float = 1e-3

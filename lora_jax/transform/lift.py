@@ -23,7 +23,7 @@ from lora_jax.transform import (
 )
 from lora_jax.transform.view import view_of
 from lora_jax.transform.walk import Walk
-from lora_jax.tree import Adapted, is_virtual
+from lora_jax.tree import Adapted, Packed, is_virtual
 
 RULES = {
     **structural.RULES,
@@ -159,4 +159,6 @@ def is_array(leaf: Any) -> bool:
 def _stand_in(leaf: Any) -> Any:
     if isinstance(leaf, Adapted):
         return _stand_in(leaf.base)
+    if isinstance(leaf, Packed):
+        leaf.check()
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_virtual(leaf) else leaf

@@ -116,7 +116,7 @@ class Stored:
 
     def array(self) -> jax.Array:
         """The base as an array: formed, in the weight's dtype, with all steps done."""
-        array = self.weight.form().astype(self.weight.dtype)
+        array = _form(self.weight).astype(self.weight.dtype)
         for step in self.steps:
             array = step.on(array)
         return array
@@ -131,6 +131,10 @@ class Stored:
         place = next(place for place, value in enumerate(inputs) if value is self)
         others = (*inputs[:place], *inputs[place + 1 :])
         return Stored(self.weight, (*self.steps, Step(others, call, place, output)))
+
+
+# One program for all weights of a kind: outside of a jit, each call would compile another.
+_form = jax.jit(lambda weight: weight.form())
 
 
 def bound(equation: Any, values: list[Any]) -> list[Any]:
@@ -247,7 +251,9 @@ def _dynamic_slice(weight: Packed, params: dict[str, Any], others: list[Any]) ->
     for axis in cut:
         weight = weight.along_batch(
             axis,
-            lambda array, at, a=axis: lax.dynamic_slice_in_dim(array, others[a], sizes[a], at),
+            lambda array, at, a=axis: lax.dynamic_slice_in_dim(
+                array, others[a], sizes[a], at, allow_negative_indices=False
+            ),
             size=sizes[axis],
         )
     return weight

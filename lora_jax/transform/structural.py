@@ -228,7 +228,9 @@ def dynamic_slice(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | N
     sizes = equation.params["slice_sizes"]
     cut = [axis for axis, length in enumerate(view.shape) if sizes[axis] != length]
     move = on_axes(
-        lambda array, axis, dim: lax.dynamic_slice_in_dim(array, starts[dim], sizes[dim], axis),
+        lambda array, axis, dim: lax.dynamic_slice_in_dim(
+            array, starts[dim], sizes[dim], axis, allow_negative_indices=False
+        ),
         cut,
     )
     return _structural(equation, values, move, view.origin)

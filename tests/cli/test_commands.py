@@ -156,9 +156,9 @@ def test_inspect_shows_config_base_and_table(trained, model, capsys):
 
 FLAGS = {
     "finetune": (
-        "model dtype unroll remat quantize data held-out rows row-length rank alpha targets exclude dropout "
-        "rank-stabilized learning-rate schedule warmup weight-decay clip accumulate paged steps epochs "
-        "evaluations seed out resume overwrite"
+        "model dtype unroll remat quantize data held-out rows row-length rank alpha targets "
+        "exclude dropout rank-stabilized learning-rate schedule warmup weight-decay clip "
+        "accumulate paged steps epochs evaluations seed out resume overwrite"
     ),
     "generate": "prompt model adapter form system max-new-tokens temperature seed dtype",
     "merge": "adapter out model",

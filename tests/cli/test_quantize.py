@@ -1,6 +1,7 @@
 """`--quantize` and `--paged`, from end to end, with a tiny model."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -52,6 +53,23 @@ def test_going_on_keeps_the_format_and_the_numbers(quantized, tmp_path):
     assert run(["finetune", "--resume", "--out", str(folder), "--steps", "10"]) == 0
     assert json.loads((folder / "run.json").read_text())["options"]["model"]["quantize"] == "nf4"
     assert len(losses(folder)) > len(losses(quantized))
+
+
+def test_going_on_with_another_base_is_refused(quantized, tmp_path, capsys):
+    folder = tmp_path / "again"
+    shutil.copytree(quantized, folder)
+    go_on = ["finetune", "--resume", "--out", str(folder), "--steps", "10"]
+    for other, message in (("fp4", "expected nf4, .* got fp4"), ("None", "got plain numbers")):
+        assert run([*go_on, "--quantize", other]) == 2
+        assert re.search(f"made on another base.*{message}", capsys.readouterr().err)
+    assert losses(folder) == losses(quantized)
+
+
+def test_an_adapter_alone_knows_its_format(quantized, model, tmp_path, capsys):
+    shutil.copytree(quantized / "adapter", tmp_path / "adapter")
+    arguments = ["generate", "--adapter", str(tmp_path / "adapter"), "--model", str(model)]
+    assert run([*arguments, "--prompt", "abbabba"]) == 0
+    capsys.readouterr()
 
 
 def test_inspect_and_generate_know_the_format(quantized, capsys, monkeypatch):

@@ -205,6 +205,13 @@ def indexed_in_a_python_loop():
 
 
 @case("batch, in, out")
+def indexed_before_the_first():
+    """JAX counts a negative index from the end once, and then clamps it."""
+    fn = lambda w, x, i: x @ lax.dynamic_index_in_dim(w, i, keepdims=False)  # noqa: E731
+    return with_w(fn, 3, 6, 8, args=(X, jnp.array(-4)))
+
+
+@case("batch, in, out")
 def indexed_in_a_fori_loop():
     return with_w(lambda w, x: lax.fori_loop(0, 3, lambda i, c: jnp.tanh(c @ w[i]), x), 3, 6, 6)
 

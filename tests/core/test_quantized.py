@@ -208,7 +208,7 @@ def small():
         ({"targets": "*/nothing"}, r"quantize: targets: the pattern '\*/nothing' matches none"),
         ({"targets": ()}, r"quantize: targets: expected glob patterns, got \(\)"),
         ({"exclude": "*/nothing"}, r"quantize: exclude: the pattern"),
-        ({"exclude": "*"}, r"multiplies with none of the 3 parameters"),
+        ({"exclude": "*"}, r"of 3 parameters, 0 are quantized or adapted"),
         ({"block_size": 48}, r"block_size: expected a power of two from 32 to 4096, got 48"),
         ({"block_size": 8192}, r"block_size: expected a power of two from 32 to 4096, got 8192"),
         ({"block_size": 16}, r"got 16"),
@@ -230,6 +230,48 @@ def test_a_value_that_is_not_finite_is_named_and_counted(bad):
     params["b"]["kernel"] = params["b"]["kernel"].at[3, :2].set(bad)
     with pytest.raises(ValueError, match=r"b/kernel: cannot be quantized: 2 of its 256 values"):
         lora.quantize(fn, params, x)
+
+
+def test_a_value_whose_inverse_float32_does_not_have_is_refused():
+    fn, params, x = small()
+    params["b"]["kernel"] = params["b"]["kernel"].at[3, 3].set(1e38)
+    with pytest.raises(ValueError, match=r"b/kernel: .* 1 of its 256 values .* above 8e\+37"):
+        lora.quantize(fn, params, x)
+    params["b"]["kernel"] = params["b"]["kernel"].at[3, 3].set(7e37)
+    formed = lora.dequantize(lora.quantize(fn, params, x))["b"]["kernel"]
+    np.testing.assert_allclose(formed[3, 3], 7e37, rtol=0.02)
+
+
+def test_an_empty_weight_is_left_out_or_named():
+    fn = lambda p, x: x @ p["w"] @ p["none"]  # noqa: E731
+    params, x = {"w": normal("w", 64, 8), "none": jnp.zeros((8, 0))}, normal("x", 2, 64)
+    assert lora.quantize(fn, params, x)["none"] is params["none"]
+    with pytest.raises(ValueError, match=r"none: .* at least one element, got shape \(8, 0\)"):
+        lora.quantize(fn, params, x, targets="none")
+
+
+def test_a_weight_that_is_used_in_another_way_too_is_left_out():
+    fn = lambda p, x: x @ p["w"] + jnp.linalg.norm(p["v"]) * (x @ p["v"])  # noqa: E731
+    params = {"w": normal("w", 64, 8), "v": normal("v", 64, 8)}
+    stored = lora.quantize(fn, params, normal("x", 2, 64))
+    assert stored["v"] is params["v"]
+    assert isinstance(stored["w"], lora.Quantized)
+
+
+def test_arrays_cut_or_cast_by_themselves_are_named():
+    """Outside of `lift` nothing tells the weight that its arrays are others now."""
+    fn = lambda p, x: jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, p["w"])[0]  # noqa: E731
+    x = normal("x", 2, 64)
+    stored = lora.quantize(fn, {"w": normal("w", 3, 64, 64)}, x)
+    one = lambda p, x: x @ p["w"]  # noqa: E731
+    cut = jax.tree.map(lambda leaf: leaf[0], stored)
+    with pytest.raises(ValueError, match=r"w: .* cut or cast .* float32\[3, 64, 64\], but its co"):
+        lora.lift(one)(cut, x)
+    with pytest.raises(ValueError, match=r"w: .* its codes are uint8\[32, 64\]"):
+        lora.dequantize(cut)
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), stored)
+    with pytest.raises(ValueError, match=r"w: .* its codes are bfloat16\[3, 32, 64\]"):
+        lora.lift(fn)(cast, x)
 
 
 def test_a_weight_that_is_not_floating_is_named():
@@ -266,6 +308,9 @@ def test_merge_goes_through_float32_and_requantizes_on_demand():
     np.testing.assert_allclose(merged["a"]["kernel"], want, rtol=1e-5, atol=1e-6)
     # Plain arrays all through, for the model as it is.
     np.testing.assert_array_equal(merged["b"]["kernel"], stored["b"]["kernel"].form("float32"))
+    both = lora.switch(stored, {"task": adapter}, "task"), lora.switch(stored, {}, None)
+    jax.tree.map(np.testing.assert_array_equal, both[0], merged)
+    jax.tree.map(np.testing.assert_array_equal, both[1], lora.dequantize(stored))
     again = lora.merge(stored, adapter, requantize=True)
     assert again["b"]["kernel"] is stored["b"]["kernel"]
     np.testing.assert_array_equal(
