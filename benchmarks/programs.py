@@ -177,7 +177,7 @@ class Frozen(NamedTuple):
 def frozen_stack(dtype: Any, *, scan: bool = True, batch: int = BATCH) -> Frozen:
     """`LAYERS` layers of `QUANTIZED_WIDTH`, rank `RANK`, in a model of that dtype."""
     width = QUANTIZED_WIDTH
-    function = scanned_stack if scan else dense_stack
+    function: Any = scanned_stack if scan else dense_stack
     kernels: Any = (
         jax.ShapeDtypeStruct((LAYERS, width, width), dtype) if scan
         else [jax.ShapeDtypeStruct((width, width), dtype)] * LAYERS
