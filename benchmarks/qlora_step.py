@@ -31,9 +31,7 @@ import optax
 from flax import nnx
 
 import lora_jax as lora
-from lora_jax.interop import assets
 from lora_jax.interop.pretrained import SMOLLM2, load_pretrained
-from lora_jax.interop.tokenizer import read_tokenizer
 from lora_jax.models import decoder
 from lora_jax.quantization.formats import Format
 from lora_jax.training.batching import Batch
@@ -48,7 +46,7 @@ Parts = tuple[Any, Any, Any]  # loss function, adapter, params
 
 def batch() -> Batch:
     """Rows of a text, this library's licence, each token learning its next."""
-    tokenizer = read_tokenizer(assets.smollm2())
+    tokenizer = load_pretrained(SMOLLM2).tokenizer
     text = Path(__file__).parents[1].joinpath("LICENSE").read_text()
     tokens = np.array(tokenizer.encode(text)[: ROWS * LENGTH + 1], np.int32)
     rows = tokens[:-1].reshape(ROWS, LENGTH)
@@ -109,13 +107,13 @@ def qwix_of_it(dtype: str, *, scan: bool, quantize: bool) -> Parts:
 class Run:
     """A step, compiled, and the state that it changes."""
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: Parts, batch: Batch):
         loss_fn, adapter, self.params = parts
         tx = optax.adamw(1e-4)
         self.state = init_state(adapter, tx, jax.random.key(0))
         self.count = sum(leaf.size for leaf in jax.tree.leaves(adapter))
         self.base_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        self.batch = batch()
+        self.batch = batch
         step = jax.jit(make_step(loss_fn, tx), donate_argnums=0)
         self.step = step.lower(self.state, self.params, self.batch).compile()
         self.losses: list[float] = []
@@ -141,18 +139,21 @@ def main() -> None:
     print(f"{'dtype':9} {'layers':9} {'library':9} {'base':6} {'trainable':>10} {'base MB':>8} "
           f"{'s a step':>9} {'/ lora_jax dense':>17} {'/ own dense':>12} {'first loss':>11} "
           f"{'last':>7}")  # fmt: skip
+    rows = batch()
     for dtype, scan in (("float32", True), ("float32", False), ("bfloat16", True)):
-        print_steps(dtype, makers, scan=scan)
+        print_steps(dtype, makers, rows, scan=scan)
 
 
-def print_steps(dtype: str, makers: dict[str, Callable[..., Parts]], *, scan: bool) -> None:
+def print_steps(
+    dtype: str, makers: dict[str, Callable[..., Parts]], rows: Batch, *, scan: bool
+) -> None:
     """The rows of one model."""
     layers = "scanned" if scan else "unrolled"
     runs: dict[tuple[str, str], Run] = {}
     for library, make in makers.items():
         for base in ("dense", "nf4"):
             try:
-                runs[library, base] = Run(make(dtype, scan=scan, quantize=base == "nf4"))
+                runs[library, base] = Run(make(dtype, scan=scan, quantize=base == "nf4"), rows)
             except Exception as error:
                 if library == "lora_jax":
                     raise

@@ -44,8 +44,8 @@ def quantize(
         is abstract, too.
       *args: example inputs, arrays or `jax.ShapeDtypeStruct`; only shapes and dtypes matter.
       targets: glob patterns over "/"-joined paths. `"*"` is every weight of two or more axes that
-        `fn` multiplies with and does nothing else, looked-up tables left out; any other pattern
-        means all it matches.
+        `fn` multiplies with, looked-up tables left out; any other pattern means all it matches.
+        What `fn` also needs as one array, `lift` refuses when it is called: `exclude` it.
       exclude: glob patterns of leaves that `targets` matches but that stay as they are.
       format: `"nf4"` or `"fp4"` (4 bits), or `"int8"` (8 bits, one scale for each output; the next
         two options are not used).
@@ -82,17 +82,13 @@ def quantize(
     candidates = [path for path in (*chosen, *every) if not is_virtual(named[path])]
     uses = find_uses(fn, params, args, kwargs, candidates)
     axes = {path: _axes(path, named[path], uses.get(path)) for path in chosen}
-    axes |= {
-        path: _axes(path, named[path], uses[path])
-        for path in every
-        if uses[path].is_linear and not uses[path].others
-    }
+    axes |= {path: _axes(path, named[path], uses[path]) for path in every if uses[path].is_linear}
     if not axes:
         already = sum(map(is_virtual, named.values()))
         raise ValueError(
             f'quantize: targets="*": of {len(named)} parameters, {already} are quantized or '
             "adapted already, and of the others that are not excluded there is none that the "
-            "function only multiplies with. Name them by patterns to see why each is left out."
+            "function multiplies with. Name them by patterns to see why each is left out."
         )
     out = [
         quantize_array(leaf, axes[path], kind, compute_dtype=compute_dtype, path=path)

@@ -123,7 +123,7 @@ def test_any_axes_are_each_matrix_for_itself(shape, axes, name, double):
     exponent=st.integers(-30, 30),
     seed=st.integers(0, 1000),
 )
-@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
 def test_rounding_is_bounded_and_done_twice_changes_nothing(
     shape, block, double, name, exponent, seed
 ):
@@ -248,14 +248,6 @@ def test_an_empty_weight_is_left_out_or_named():
     assert lora.quantize(fn, params, x)["none"] is params["none"]
     with pytest.raises(ValueError, match=r"none: .* at least one element, got shape \(8, 0\)"):
         lora.quantize(fn, params, x, targets="none")
-
-
-def test_a_weight_that_is_used_in_another_way_too_is_left_out():
-    fn = lambda p, x: x @ p["w"] + jnp.linalg.norm(p["v"]) * (x @ p["v"])  # noqa: E731
-    params = {"w": normal("w", 64, 8), "v": normal("v", 64, 8)}
-    stored = lora.quantize(fn, params, normal("x", 2, 64))
-    assert stored["v"] is params["v"]
-    assert isinstance(stored["w"], lora.Quantized)
 
 
 def test_arrays_cut_or_cast_by_themselves_are_named():

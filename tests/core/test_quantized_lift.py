@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lora
 
 from .cases import CASES, cast, mesh, normal, random_like
-from .table import assert_close, cases, scalar
+from .table import assert_close, scalar
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -50,10 +50,17 @@ def test_jit_grad_and_no_adapter(case):
     assert_close(grad, grad_, 2e-4)
 
 
-@cases(needs="vmap")
-def test_vmap_over_stacked_adapters_under_checkpoint(case):
-    if case.forms_base:
-        return
+@pytest.mark.parametrize(
+    "name",
+    [
+        "matmul", "interleaved_axes", "used_twice", "experts", "expert_for_each_row",
+        "conv_2d_dilated", "embedding_tied_to_the_head", "scan_over_layers", "cond",
+        "linen_scan_remat", "nnx_attention",
+    ],
+)  # fmt: skip
+def test_vmap_over_stacked_adapters_under_checkpoint(name):
+    """One of each kind: how the base is formed does not depend on the adapter's axes."""
+    case = CASES[name]
     lifted, plain, adapter = both(case)
     adapters = [random_like(adapter, seed=seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
@@ -64,9 +71,11 @@ def test_vmap_over_stacked_adapters_under_checkpoint(case):
     assert_close(got, want, 2e-4)
 
 
-@covered
+@pytest.mark.parametrize(
+    "case", [c for c in CASES.values() if "/" in str(c.axes)], ids=lambda case: case.name
+)
 def test_bfloat16(case):
-    """As it is used: a bfloat16 model, weights formed in bfloat16."""
+    """As models use it: in bfloat16 throughout, weights formed in bfloat16."""
     fn, params, args, adapter = case.setup(jnp.bfloat16)
     base = lora.quantize(fn, params, *args, targets=tuple(adapter), block_size=32)
     got = eqx.filter_jit(lora.lift(fn))(lora.combine(base, adapter), *args)
