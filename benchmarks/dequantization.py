@@ -6,8 +6,9 @@ those to unpack and to look up written out below, `Quantized.form` of the librar
 are installed (`pip install qwix==0.1.8 torch bitsandbytes==0.50.0`) those two, on as many threads.
 Then, not timed but counted by XLA, the memory traffic of the same on a TPU v5e, compiled for ahead
 of time, alone and inside of the product that wants the weight; that needs libtpu
-(`pip install 'lora_jax[tpu-aot]'`) but no TPU. Run with `python benchmarks/dequantization.py`; it
-takes about two minutes.
+(`pip install 'lora_jax[tpu-aot]'`) but no TPU. The count is of all that instructions read and
+write, copies into vector memory included, so small differences mean nothing. Run with
+`python benchmarks/dequantization.py`; it takes about two minutes.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def print_times(dtype: str) -> None:
     calls: dict[str, Callable[[], Any]] = {}
     dense = jnp.ones((SIZE, SIZE), dtype)
     nbytes = dense.nbytes
-    # XLA would leave a mere copy out.
+    # A negation: XLA would leave a mere copy out.
     for name, (function, arguments) in {COPY: (jnp.negative, (dense,)), **ways(dtype)}.items():
         calls[name] = in_place(function, arguments)
     calls |= bitsandbytes_ways(dtype)
@@ -223,7 +224,7 @@ def print_traffic() -> None:
     print(f"{'way':38} {'accessed':>10} {'temporary':>11} {'accessed':>10} {'temporary':>11}")
     dense = (jax.ShapeDtypeStruct((SIZE, SIZE), jnp.bfloat16),)
     for name, (function, arguments) in {
-        "a bfloat16 weight": (lambda weight: weight, dense), **ways("bfloat16")
+        "a bfloat16 weight, negated": (jnp.negative, dense), **ways("bfloat16")
     }.items():  # fmt: skip
         line = f"{name:38}"
         for program, rows in (

@@ -85,8 +85,9 @@ def switch(params: Any, adapters: Mapping[str, Mapping[str, Update]], name: str 
       name: which task; None for the base itself.
 
     Returns:
-      `merge(params, adapters[name])`. Because the base is never written to, switching to a task
-      and back gives the same bits however often it is done.
+      `merge(params, adapters[name])`; for the base itself plain arrays, too, shared where they are
+      plain already. Because the base is never written to, switching to a task and back gives the
+      same bits however often it is done.
 
     Raises:
       KeyError: no adapter has that name; those there are, are listed.
