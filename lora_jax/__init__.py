@@ -14,6 +14,9 @@ from lora_jax.quantization.quantize import quantize as quantize
 from lora_jax.quantization.quantized import Quantized as Quantized
 from lora_jax.quantization.starts import loftq as loftq
 from lora_jax.quantization.starts import pissa as pissa
+from lora_jax.sharding import adapter_shardings as adapter_shardings
+from lora_jax.sharding import optimizer_shardings as optimizer_shardings
+from lora_jax.sharding import params_shardings as params_shardings
 from lora_jax.summaries import Summary as Summary
 from lora_jax.summaries import summary as summary
 from lora_jax.transform.lift import lift as lift
