@@ -74,10 +74,10 @@ def params_shardings(params: Any, mesh: Mesh | AbstractMesh, rules: Rules) -> An
 
 
 def adapter_shardings(params_shardings: Any, adapter: Mapping[str, Update]) -> dict[str, Update]:
-    """The shardings of an adapter, so that its products need no more communication than its base's.
+    """The shardings of an adapter: it lies as its base does, so that no product moves a base.
 
-    A takes the partition of its base's *in* axes, B that of its *out* axes, both that of its *batch*
-    axes; the rank is not split. A leaf trained whole lies as its base.
+    A takes the partition of its base's *in* axes, B that of its *out* axes, both that of its
+    *batch* axes; the rank is not split. A leaf trained whole lies as its base.
 
     Args:
       params_shardings: a tree of the base's structure with a `NamedSharding`, or a `PartitionSpec`
