@@ -229,12 +229,7 @@ def _spec(path: str, base: Any, update: Update) -> tuple[Any, list[Any]]:
     """A sharding of the weight, and for each of its axes over which mesh axes it is split."""
     ndim = len(update.shape)
     if isinstance(base, Quantized):
-        batch, (along, *_), outputs = dataclasses.astuple(base.axes)
-        order = (*batch, along, *outputs)
-        like: Any = base.codes
-        parts = [*_entries(path, like), *[None] * ndim][: len(order)]
-        found = dict(zip(order, parts, strict=True))
-        return like, [found.get(axis) for axis in range(ndim)]
+        return base.codes, list(base.unpartitioned(_entries(path, base.codes)))
     return base, [*_entries(path, base), *[None] * ndim][:ndim]
 
 

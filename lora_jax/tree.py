@@ -85,6 +85,11 @@ class Packed(VirtualWeight):
             arrays; None is the answer where that is not possible.
         """
 
+    @property
+    @abc.abstractmethod
+    def sharding(self) -> Any:
+        """How the array it stands for is split, as the types of its own arrays say."""
+
     @abc.abstractmethod
     def part(self, shape: tuple[int, ...]) -> Packed:
         """One device's part, whose shape is given and whose arrays are in place already."""

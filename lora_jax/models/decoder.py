@@ -14,6 +14,7 @@ from jax import lax
 from lora_jax.models.attention import Attention, attention_bias
 from lora_jax.models.cache import Cache
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.partition import ROWS, hold
 from lora_jax.models.rope import rope_tables
 
 Params = dict[str, Any]
@@ -121,19 +122,24 @@ class Decoder(nnx.Module):
         rope = rope_tables(self.config, positions)
         biases = self._biases(slots, positions, segment_ids, cache)
 
-        x = self.embed(tokens)
+        x = self._embed(tokens)
         if self.config.scan_layers:
             x, kv = self._scan(x, rope, biases, cache)
         else:
             x, kv = self._unroll(x, rope, biases, cache)
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)
-        logits = self._logits(self.norm(x))
+        logits = hold(self._logits(self.norm(x)), ROWS, None, "tensor")
         if cache is None:
             return logits
         return logits, dataclasses.replace(
             cache, keys=kv[0], values=kv[1], length=cache.length + length
         )
+
+    def _embed(self, tokens):
+        # Each device looks up its part of every row's vectors; then rows are exchanged for parts.
+        x = self.embed(hold(tokens, "data"))
+        return hold(hold(x, "data", None, "fsdp"), ROWS)
 
     def _biases(self, slots, positions, segment_ids, cache) -> list[jax.Array]:
         """Returns one bias for layers without a window and one for those with it, if any."""
@@ -172,9 +178,11 @@ class Decoder(nnx.Module):
             run = functools.partial(_rematted, *nnx.split(layer)) if self.config.remat else layer
             if cache is None:
                 x, _ = run(x, rope, bias)
+                x = hold(x, ROWS)
                 continue
             kv = (cache.keys[index], cache.values[index])
             x, kv = run(x, rope, bias, kv, cache.length)
+            x = hold(x, ROWS)
             keys.append(kv[0])
             values.append(kv[1])
         return x, (tuple(keys), tuple(values))
@@ -191,18 +199,19 @@ class Decoder(nnx.Module):
         def body(x, per_layer):
             state, kv, slides = per_layer
             bias = biases[0] if slides is None else jnp.where(slides, biases[1], biases[0])
-            return run(graphdef, state, x, rope, bias, kv, slot)
+            x, kv = run(graphdef, state, x, rope, bias, kv, slot)
+            return hold(x, ROWS), kv
 
         return lax.scan(body, x, (state, kv, sliding))
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        if not self.config.tied_head:
-            return self.lm_head(x)
+        # Gathered whole before the product: XLA would rather gather the logits' gradient, of all rows.
+        if self.config.tied_head:
+            kernel, contracted = hold(self.embed.embedding[...], "tensor", None), 1
+        else:
+            kernel, contracted = hold(self.lm_head.kernel[...], None, "tensor"), 0
         return lax.dot_general(
-            x,
-            self.embed.embedding[...],
-            (((2,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
+            x, kernel, (((2,), (contracted,)), ((), ())), preferred_element_type=jnp.float32
         )
 
 

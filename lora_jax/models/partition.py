@@ -1,8 +1,12 @@
-"""How the decoder's parameters and batches are split over a mesh of devices."""
+"""How the decoder's parameters, activations and batches are split over a mesh of devices."""
 
 from __future__ import annotations
 
-from jax.sharding import PartitionSpec
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from lora_jax.models.config import DecoderConfig
 
@@ -48,3 +52,26 @@ def partition_rules(config: DecoderConfig) -> dict[str, PartitionSpec]:
         "lm_head/kernel": PartitionSpec("fsdp", "tensor"),
         "*/scale": PartitionSpec(),
     }
+
+
+def hold(x: jax.Array, *entries: Any) -> jax.Array:
+    """Holds an array to a split, on the mesh of `jax.set_mesh`.
+
+    XLA may otherwise split the residual stream as `fsdp` splits the weights, so that every device
+    computes all rows. Without a mesh, or in a `shard_map`, nothing is held.
+
+    Args:
+        x: The array.
+        entries: For each of its axes, from the first, the mesh axes that split it: a name, a tuple
+            of names, or `None`. What the mesh does not have is passed over.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if AxisType.Auto not in kinds.values():
+        return x
+
+    def there(entry: Any) -> Any:
+        names = entry if isinstance(entry, tuple) else (entry,)
+        return tuple(name for name in names if kinds.get(name) == AxisType.Auto) or None
+
+    return lax.with_sharding_constraint(x, PartitionSpec(*map(there, entries)))

@@ -191,8 +191,7 @@ def dequantize_scales(
 ) -> Float[Array, " n"]:
     """The inverse of `quantize_scales`, up to its error."""
     blocks = _in_blocks(codes)
-    # One element in `block_size`: here a gather does no harm.
-    values = jnp.asarray(dynamic_map())[blocks] * absmax[:, None] + mean
+    values = lookup(blocks, tuple(dynamic_map().tolist()), jnp.float32) * absmax[:, None] + mean
     return values.reshape(-1)[: codes.size]
 
 

@@ -11,6 +11,7 @@ from jax import lax
 
 from lora_jax.transform import compat
 from lora_jax.transform.einsum import Named, multiply
+from lora_jax.transform.explicit import automatic
 from lora_jax.transform.stored import multiplied
 from lora_jax.transform.view import RANK, Factor, Term, View, dropped, holding, named
 from lora_jax.transform.walk import Walk
@@ -41,6 +42,7 @@ def dot_general(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | Non
             out_names, sizes, params["precision"], aval.dtype,
         )  # fmt: skip
 
+    low_rank = automatic(low_rank, aval.sharding)
     total = None
     for left, right in itertools.product(_parts(lhs), _parts(rhs)):
         thin = isinstance(left, Term) or isinstance(right, Term)

@@ -134,6 +134,18 @@ def sharding_constraint(walk: Walk, equation: Any, values: list[Any]) -> list[An
     return [constrain(_with_base(view, equation, []), equation.params["sharding"], base=False)]
 
 
+def reshard(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
+    """The base laid out anew on a mesh with explicit axes, and each factor along with it."""
+    (view,) = values
+    sharding = equation.params["dst_sharding"]
+
+    def lay(factor: Factor) -> Factor:
+        return factor.now(jax.sharding.reshard(factor.array, factor_spec(sharding.spec, factor)))
+
+    terms = tuple(dataclasses.replace(term, a=lay(term.a), b=lay(term.b)) for term in view.terms)
+    return [dataclasses.replace(_with_base(view, equation, []), terms=terms)]
+
+
 def constrain(value: Any, sharding: Any, *, base: bool = True) -> Any:
     """An array, or a view's factors and (with `base`) its base, held to a sharding."""
     if not isinstance(value, View):
@@ -177,5 +189,6 @@ RULES = {
     "sub": subtract,
     "mul": multiply,
     "div": divide,
+    "reshard": reshard,
     "sharding_constraint": sharding_constraint,
 }

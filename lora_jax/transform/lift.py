@@ -21,6 +21,7 @@ from lora_jax.transform import (
     lookup,
     structural,
 )
+from lora_jax.transform.explicit import explicit_axes
 from lora_jax.transform.view import view_of
 from lora_jax.transform.walk import Walk
 from lora_jax.tree import Adapted, Packed, is_virtual
@@ -159,6 +160,8 @@ def is_array(leaf: Any) -> bool:
 def _stand_in(leaf: Any) -> Any:
     if isinstance(leaf, Adapted):
         return _stand_in(leaf.base)
-    if isinstance(leaf, Packed):
-        leaf.check()
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_virtual(leaf) else leaf
+    if not isinstance(leaf, Packed):
+        return leaf
+    leaf.check()
+    kept = {"sharding": leaf.sharding} if explicit_axes(leaf.sharding) else {}
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, **kept)

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from lora_jax.transform import compat
+from lora_jax.transform.explicit import automatic
 from lora_jax.tree import Packed
 
 _static = {"static": True}
@@ -116,7 +117,7 @@ class Stored:
 
     def array(self) -> jax.Array:
         """The base as an array: formed, in the weight's dtype, with all steps done."""
-        array = _form(self.weight).astype(self.weight.dtype)
+        array = automatic(_form, self.weight.sharding)(self.weight).astype(self.weight.dtype)
         for step in self.steps:
             array = step.on(array)
         return array
