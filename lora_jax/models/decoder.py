@@ -205,7 +205,7 @@ class Decoder(nnx.Module):
         return lax.scan(body, x, (state, kv, sliding))
 
     def _logits(self, x: jax.Array) -> jax.Array:
-        # Gathered whole before the product: XLA would rather gather the logits' gradient, of all rows.
+        # Gathered before the product: XLA would rather gather the gradient of all rows' logits.
         if self.config.tied_head:
             kernel, contracted = hold(self.embed.embedding[...], "tensor", None), 1
         else:

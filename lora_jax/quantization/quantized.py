@@ -271,7 +271,7 @@ class Quantized(Packed):
         Args:
           codes: a `PartitionSpec` of the codes' axes; may be shorter.
         """
-        batch, (along, *others), outputs = dataclasses.astuple(self.axes)
+        batch, (along, *_), outputs = dataclasses.astuple(self.axes)
         order = (*batch, along, *outputs)
         parts = dict(zip(order, (*codes, *[None] * (len(order) - len(codes))), strict=True))
         return PartitionSpec(*(parts.get(axis) for axis in range(self.ndim)))
