@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -155,6 +156,17 @@ def optimizer_shardings(tx: optax.GradientTransformation, adapter: Any, sharding
         sharding.with_memory_kind(HOST) if space == jax.memory.Space.Host else sharding
         for sharding, space in zip(leaves, spaces, strict=True)
     )
+
+
+def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array that every host has, onto a mesh: each device gets its part of it and no more.
+
+    Args:
+      array: a NumPy array, or one on a device of this host.
+      sharding: where it goes; may name devices of other hosts, which call this too.
+    """
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def _rule(rules: Rules, path: str, leaf: Any) -> PartitionSpec:

@@ -1,4 +1,4 @@
-"""Four simulated CPU devices, so that pmap and shard_map have something to run on."""
+"""Eight simulated CPU devices, so that meshes, pmap and shard_map have something to run on."""
 
 import os
 
@@ -7,4 +7,4 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 
-jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_num_cpu_devices", 8)

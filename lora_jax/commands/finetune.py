@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -12,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.markup import escape
 
@@ -25,10 +27,11 @@ from lora_jax.models import decoder
 from lora_jax.models.generation import generate_batch
 from lora_jax.quantization.formats import Format
 from lora_jax.summaries import summary
-from lora_jax.training import loop, plots
+from lora_jax.training import hosts, loop, plots
 from lora_jax.training.batching import training_batches
 from lora_jax.training.evaluation import Evaluation, make_evaluate
 from lora_jax.training.folder import CURVES, METRICS, RESULTS, FolderError, RunFolder
+from lora_jax.training.mesh import check_rows, make_mesh, parse_mesh, spread, start_on_mesh
 from lora_jax.training.objective import next_token_loss
 from lora_jax.training.options import FinetuneOptions
 from lora_jax.training.step import TrainState, init_state, make_step
@@ -53,14 +56,26 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
     started = time.perf_counter()
     with reading_input():
         options.check()
+        devices = options.devices
+        hosts.join(devices.coordinator, devices.num_hosts, devices.host_id)
+        console.quiet = not hosts.is_first()
+        mesh = _mesh(options)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        _finetune(options, mesh, console, started)
+
+
+def _finetune(
+    options: FinetuneOptions, mesh: Mesh | None, console: Console, started: float
+) -> None:
+    with reading_input():
         folder = RunFolder(options.folder())
         if options.resume:
             folder.about()
         else:
             folder.check_new(overwrite=options.overwrite)
-        model = _load(options, console)
+        model = _load(options, mesh, console)
         task = _task(options, model, console)
-        run = _Run.prepare(options, model, task, folder)
+        run = _Run.prepare(options, mesh, model, task, folder)
     console.print(summary_table(summary(model.params, run.state.adapter)))
     state, place = run.state, None
     if options.resume:
@@ -85,6 +100,7 @@ class _Run:
     """Everything that one run needs, before its first step."""
 
     options: FinetuneOptions
+    mesh: Mesh | None
     model: Pretrained
     task: Task
     folder: RunFolder
@@ -97,7 +113,12 @@ class _Run:
 
     @classmethod
     def prepare(
-        cls, options: FinetuneOptions, model: Pretrained, task: Task, folder: RunFolder
+        cls,
+        options: FinetuneOptions,
+        mesh: Mesh | None,
+        model: Pretrained,
+        task: Task,
+        folder: RunFolder,
     ) -> _Run:
         """Makes the adapter and the optimizer's state; compiles nothing."""
         config = options.lora.config(tied_head=model.config.tied_head)
@@ -105,16 +126,27 @@ class _Run:
         apply = lift(base)
         steps = _steps(options, task)
         start, dropout = jax.random.split(jax.random.key(options.seed))
-        adapter = init(start, config, base, model.params, np.zeros((1, 2), np.int32))
-        state = init_state(adapter, options.optimizer.optimizer(steps), dropout)
+        tx = options.optimizer.optimizer(steps)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
+        make_adapter = functools.partial(
+            init, start, config, base, shapes, np.zeros((1, 2), np.int32)
+        )
+        if mesh is None:
+            adapter = make_adapter()
+            state = init_state(adapter, tx, dropout)
+        else:
+            adapter, state = start_on_mesh(make_adapter, model.params, tx, dropout, mesh)
         evaluate = make_evaluate(
             apply,
             task.held_out,
             row_length=options.data.row_length,
             rows=options.data.rows,
             choices=task.choices,
+            mesh=mesh,
         )
-        return cls(options, model, task, folder, config, adapter, state, steps, apply, evaluate)
+        return cls(
+            options, mesh, model, task, folder, config, adapter, state, steps, apply, evaluate
+        )
 
     def answers(self, adapter: Any) -> list[str]:
         """What the model says to the samples."""
@@ -130,7 +162,20 @@ class _Run:
         return [self.model.tokenizer.decode(answer).strip() for answer in ids]
 
 
-def _load(options: FinetuneOptions, console: Console) -> Pretrained:
+def _mesh(options: FinetuneOptions) -> Mesh | None:
+    if options.devices.mesh is None:
+        if jax.process_count() > 1:
+            raise ValueError(
+                f"mesh: expected axes for the {jax.device_count()} devices of "
+                f"{jax.process_count()} hosts, such as data={jax.device_count()}, got none."
+            )
+        return None
+    mesh = make_mesh(parse_mesh(options.devices.mesh))
+    check_rows(options.data.rows, mesh)
+    return mesh
+
+
+def _load(options: FinetuneOptions, mesh: Mesh | None, console: Console) -> Pretrained:
     console.print(f"Model: {escape(options.model.model)}")
     model = load_pretrained(
         options.model.model,
@@ -139,6 +184,7 @@ def _load(options: FinetuneOptions, console: Console) -> Pretrained:
         remat=options.model.remat,
         quantize=None if options.model.quantize is None else Format(options.model.quantize),
         compute_dtype=options.model.dtype,
+        mesh=mesh,
     )
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params, is_leaf=is_virtual))
     config = model.config
@@ -282,6 +328,7 @@ def _train(
             evaluate_at=evaluate_at,
             events=events,
             where=lambda index: run.task.train[index].where,
+            spread=lambda batch: spread(batch, run.mesh),
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jax.sharding import Mesh
 
 from lora_jax.interop.gguf_tokenizer import tokenizer_from_gguf
 from lora_jax.interop.tokenizer import Tokenizer
@@ -68,6 +69,7 @@ def read_gguf(
     remat: bool = False,
     quantize: Format | None = None,
     compute_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[DecoderConfig, Params, Tokenizer]:
     """Reads a model from one GGUF file; its quantized tensors are dequantized.
 
@@ -79,6 +81,8 @@ def read_gguf(
         quantize: Quantizes every kernel but the head's while it is read, so that besides the
             result only one tensor is in memory.
         compute_dtype: Dtype that quantized weights are formed in; by default bfloat16.
+        mesh: Devices to split the parameters over; by default all on one. Every host reads the
+            files, and keeps its devices' parts.
 
     Returns:
         The config, the parameters, and the tokenizer.
@@ -110,7 +114,7 @@ def read_gguf(
         return array
 
     plan = plan_params(config, quantize, compute_dtype)
-    params = build_params(config, plan, expected, dict.fromkeys(expected, path), read)
+    params = build_params(config, plan, expected, dict.fromkeys(expected, path), read, mesh)
     return config, params, tokenizer_from_gguf(metadata, path)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -87,6 +88,7 @@ def read_pretrained(
     remat: bool = False,
     quantize: Format | None = None,
     compute_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[DecoderConfig, Params]:
     """Reads a model's config and weights.
 
@@ -103,6 +105,8 @@ def read_pretrained(
             result only one tensor is in memory.
         compute_dtype: Dtype that quantized weights are formed in. By default bfloat16, or what
             the `config.json` of a 4-bit checkpoint says.
+        mesh: Devices to split the parameters over; by default all on one. Every host reads the
+            files, and keeps its devices' parts.
 
     Returns:
         The config and the parameters.
@@ -168,7 +172,7 @@ def read_pretrained(
         return _tensor(home, name)
 
     where_from = {name: file for name, (file, _) in home.items()}
-    return config, build_params(config, plan, expected, where_from, read)
+    return config, build_params(config, plan, expected, where_from, read, mesh)
 
 
 def save_pretrained(

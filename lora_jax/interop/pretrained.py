@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from lora_jax.interop import assets
 from lora_jax.interop.gguf import read_gguf
 from lora_jax.interop.huggingface import read_pretrained
@@ -52,6 +54,7 @@ def load_pretrained(
     remat: bool = False,
     quantize: Format | None = None,
     compute_dtype: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Pretrained:
     """Loads a model's config, weights and tokenizer.
 
@@ -68,6 +71,8 @@ def load_pretrained(
             is read as it is, without it.
         compute_dtype: Dtype that quantized weights are formed in. By default bfloat16, or what
             the `config.json` of a 4-bit checkpoint says.
+        mesh: Devices to split the parameters over; by default all on one. Every host reads the
+            files, and keeps its devices' parts.
 
     Returns:
         The model.
@@ -89,6 +94,7 @@ def load_pretrained(
         "remat": remat,
         "quantize": quantize,
         "compute_dtype": compute_dtype,
+        "mesh": mesh,
     }
     if path.is_dir():
         tokenizer = read_tokenizer(path)

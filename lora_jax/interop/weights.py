@@ -12,12 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Params, abstract_params, apply
+from lora_jax.models.partition import partition_rules
 from lora_jax.quantization.formats import Format
 from lora_jax.quantization.quantize import quantize as quantize_params
 from lora_jax.quantization.quantized import Quantized, quantize_array
+from lora_jax.sharding import params_shardings, place
 from lora_jax.tree import flatten
 
 ParamPath = tuple[str, ...]
@@ -147,6 +150,7 @@ def build_params(
     expected: Mapping[str, Slot],
     files: Mapping[str, Path],
     read: Callable[[str, Slot], np.ndarray | Quantized],
+    mesh: Mesh | None = None,
 ) -> Params:
     """Reads every tensor and puts it where it belongs, stacked when the layers are scanned.
 
@@ -157,15 +161,21 @@ def build_params(
         files: The file that each tensor is in, for error messages.
         read: Returns a tensor in the file's orientation, shape already checked; or, where the
             plan has a quantized weight, one layer of it, as it stands in the params.
+        mesh: Devices to split them over, as `models.partition.partition_rules` says; by default
+            all on one.
 
     Returns:
         Params with the structure, shapes and dtypes of the plan. Besides them one tensor is in
         memory: in its file's dtype or in float32, and what is made of it.
 
     Raises:
-        ValueError: If a tensor to be quantized holds a NaN or an infinity; the file, the tensor
-            and the parameter's path are named.
+        ValueError: If a tensor to be quantized holds a NaN or an infinity, or a parameter cannot be
+            split over the mesh; the parameter's path is named, and the file and the tensor.
     """
+    places = None
+    if mesh is not None:
+        shardings = params_shardings(plan, mesh, partition_rules(config))
+        places = iter(jax.tree.leaves(shardings))
     names = {slot.path: name for name, slot in expected.items()}
     leaves, structure = flatten(plan)
     # Where one tensor after the other is quantized. Pages that none of them reaches take no memory.
@@ -181,13 +191,14 @@ def build_params(
                 parts = load(names["layers", str(index), *keys[1:]])
                 for array, part in zip(arrays, parts, strict=True):
                     array[index] = part
-            arrays = [jax.device_put(array, may_alias=True) for array in arrays]
+            on_one_device = functools.partial(jax.device_put, may_alias=True)
         else:
-            # A copy, never a view of the file.
-            arrays = [
-                part if isinstance(part, jax.Array) else jnp.array(part)
-                for part in load(names[keys])
-            ]
+            arrays = load(names[keys])
+            on_one_device = _owned
+        if places is None:
+            arrays = [on_one_device(array) for array in arrays]
+        else:
+            arrays = [place(array, next(places)) for array in arrays]
         built.append(jax.tree.unflatten(jax.tree.structure(leaf), arrays))
     return structure.unflatten(built)
 
@@ -217,6 +228,11 @@ def _load(config, leaf, expected, files, read, scratch: np.ndarray, name: str) -
     except ValueError as error:
         raise ValueError(f"{files[name]}: tensor {name}: {error}") from error
     return jax.tree.leaves(small)
+
+
+def _owned(array: np.ndarray | jax.Array) -> jax.Array:
+    """A copy, never a view of the file."""
+    return array if isinstance(array, jax.Array) else jnp.array(array)
 
 
 def _buffer(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_jax.models.cache import Cache, init_cache
 from lora_jax.models.config import DecoderConfig
+from lora_jax.models.partition import hold
 
 _SMALLEST_BUCKET = 32
 
@@ -191,8 +192,11 @@ def _advance(
     )
     logits = logits[:, 0]
     if key is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
-    return jax.random.categorical(key, logits / temperature).astype(jnp.int32), cache
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        token = jax.random.categorical(key, logits / temperature)
+    # On a mesh, whole on every device, since every host reads it.
+    return hold(token.astype(jnp.int32)), cache
 
 
 def _bucket(length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -63,15 +64,17 @@ def hold(x: jax.Array, *entries: Any) -> jax.Array:
     Args:
         x: The array.
         entries: For each of its axes, from the first, the mesh axes that split it: a name, a tuple
-            of names, or `None`. What the mesh does not have is passed over.
+            of names, or `None`. What the mesh does not have, or does not divide, is passed over.
+            None at all: whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     if AxisType.Auto not in kinds.values():
         return x
 
-    def there(entry: Any) -> Any:
+    def there(size: int, entry: Any) -> Any:
         names = entry if isinstance(entry, tuple) else (entry,)
-        return tuple(name for name in names if kinds.get(name) == AxisType.Auto) or None
+        kept = tuple(name for name in names if kinds.get(name) == AxisType.Auto)
+        return None if size % math.prod(mesh.shape[name] for name in kept) else kept or None
 
-    return lax.with_sharding_constraint(x, PartitionSpec(*map(there, entries)))
+    return lax.with_sharding_constraint(x, PartitionSpec(*map(there, x.shape, entries)))

@@ -187,12 +187,19 @@ def quantize_scales(
 
 
 def dequantize_scales(
-    codes: UInt8[Array, " n"], absmax: Float[Array, " n/256"], mean: Float[Array, ""]
-) -> Float[Array, " n"]:
-    """The inverse of `quantize_scales`, up to its error."""
-    blocks = _in_blocks(codes)
-    values = lookup(blocks, tuple(dynamic_map().tolist()), jnp.float32) * absmax[:, None] + mean
-    return values.reshape(-1)[: codes.size]
+    codes: UInt8[Array, "*n"], absmax: Float[Array, " n/256"], mean: Float[Array, ""]
+) -> Float[Array, "*n"]:
+    """The inverse of `quantize_scales`, up to its error.
+
+    Args:
+      codes: in any shape whose order is that in which blocks were formed.
+      absmax: of each block.
+      mean: of all scales.
+    """
+    # The few absmax take the codes' shape, not the codes that of blocks: where codes are split over
+    # devices they stay there.
+    each = jnp.repeat(absmax, NESTED_BLOCK)[: codes.size].reshape(codes.shape)
+    return lookup(codes, tuple(dynamic_map().tolist()), jnp.float32) * each + mean
 
 
 def _in_blocks(values: Array) -> Array:

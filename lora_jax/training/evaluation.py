@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from lora_jax.models.partition import hold
 from lora_jax.training.batching import Batch, evaluation_batches, first_predictions
 from lora_jax.training.examples import Example
+from lora_jax.training.mesh import spread
 from lora_jax.training.objective import select_logits, token_losses
 from lora_jax.tree import combine
 
@@ -54,6 +57,7 @@ def make_evaluate(
     row_length: int,
     rows: int,
     choices: Choices | None = None,
+    mesh: Mesh | None = None,
 ) -> Callable[[Any, Any], Evaluation]:
     """Makes a function that measures an adapter; compiled once, on its first call.
 
@@ -63,6 +67,7 @@ def make_evaluate(
         row_length: L, tokens in a row.
         rows: R, rows in a batch.
         choices: the answers to compare, for accuracy by example; `None` for accuracy by token.
+        mesh: the devices that the rows are split over, if several.
 
     Returns:
         `evaluate(adapter, params) -> Evaluation`.
@@ -81,11 +86,12 @@ def make_evaluate(
             guesses = jnp.argmax(logits, axis=-1)
         else:
             guesses = jnp.asarray(choices.ids)[jnp.argmax(logits[..., choices.ids], axis=-1)]
-        return token_losses(logits, batch).sum(), guesses == batch.select_targets
+        # On a mesh, whole on every device, since every host reads them.
+        return token_losses(logits, batch).sum(), hold(guesses == batch.select_targets)
 
     def evaluate(adapter: Any, params: Any) -> Evaluation:
         # All batches are dispatched before the first result is waited for.
-        results = [measure(adapter, params, batch) for batch in batches]
+        results = [measure(adapter, params, spread(batch, mesh)) for batch in batches]
         loss = right = asked = tokens = 0.0
         for batch, (total, hits) in zip(batches, results, strict=True):
             flat, weights = np.asarray(hits).reshape(-1), batch.select_weights.reshape(-1)

@@ -93,6 +93,7 @@ def run(
     evaluate_at: frozenset[int],
     events: Events,
     where: Callable[[int], str],
+    spread: Callable[[Batch], Any] = lambda batch: batch,
 ) -> TrainState:
     """Trains until `steps` updates are made.
 
@@ -111,6 +112,7 @@ def run(
             are passed over.
         events: told of each step and evaluation, and asked to save.
         where: the place of a training example by its index, for the error about a bad batch.
+        spread: puts a batch where the step wants it.
 
     Returns:
         The state after the last update, saved.
@@ -120,7 +122,9 @@ def run(
         Interrupted: Ctrl-C. The state has been saved.
         ValueError: the batches end too early.
     """
-    advance = jax.jit(step, donate_argnums=0)
+    # What came in its place comes back there.
+    places = jax.tree.map(lambda leaf: leaf.sharding, state) if state.step.committed else None
+    advance = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
 
     def finish(pending: _Pending | None) -> None:
         """Waits for a step and reports it."""
@@ -147,7 +151,7 @@ def run(
 
     first = int(state.step)
     rates = np.asarray([learning_rate(number) for number in range(first, steps)])
-    finite = jnp.ones((), bool)
+    finite = jnp.ones((), bool, device=state.step.sharding if state.step.committed else None)
     pending: _Pending | None = None
     place = batches.get_state()
     with interruptible() as interrupted:
@@ -159,7 +163,7 @@ def run(
                 raise ValueError(
                     f"The data ended after {number - 1} steps; expected enough for {steps}."
                 ) from None
-            state, metrics = advance(state, params, batch, finite)
+            state, metrics = advance(state, params, spread(batch), finite)
             # Once a step fails, the one dispatched behind it must not change the state either.
             finite = metrics.finite
             finish(pending)

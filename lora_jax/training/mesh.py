@@ -1,13 +1,18 @@
-"""The mesh of devices that a run is spread over, from what the command line says."""
+"""The mesh of devices that a run is spread over, and what lies on it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.sharding import AXES
+from lora_jax.models.partition import ROWS
+from lora_jax.sharding import AXES, adapter_shardings, optimizer_shardings, place
+from lora_jax.training.step import TrainState, init_state
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -57,3 +62,63 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
+
+
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """Checks that every device gets as many rows as every other.
+
+    Args:
+        rows: In a batch that is computed at once.
+        mesh: The devices.
+
+    Raises:
+        ValueError: They cannot be split evenly.
+    """
+    names = [name for name in ROWS if name in mesh.axis_names]
+    parts = math.prod(mesh.shape[name] for name in names)
+    if rows % parts:
+        raise ValueError(
+            f"rows: expected a multiple of {parts}, since the mesh splits the rows of a batch over "
+            f"{' x '.join(f'{name}={mesh.shape[name]}' for name in names)}; got {rows}."
+        )
+
+
+def spread(batch: Any, mesh: Mesh | None) -> Any:
+    """A batch that every host has, its rows split over the mesh: each host uses its own alone.
+
+    Args:
+        batch: A pytree of NumPy arrays `[R, ...]`.
+        mesh: The devices; `None` leaves it as it is.
+    """
+    if mesh is None:
+        return batch
+    rows = PartitionSpec(tuple(name for name in ROWS if name in mesh.axis_names))
+    return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, rows)), batch)
+
+
+def start_on_mesh(
+    make_adapter: Callable[[], Any],
+    params: Any,
+    tx: optax.GradientTransformation,
+    key: jax.Array,
+    mesh: Mesh,
+) -> tuple[Any, TrainState]:
+    """The adapter and the state before the first step, made where they belong.
+
+    Args:
+        make_adapter: `lora_jax.init` with all but the values of `params`.
+        params: The base, on the mesh.
+        tx: The optimizer.
+        key: PRNG key of the run.
+        mesh: The devices.
+
+    Returns:
+        `(adapter, state)`; the state has a copy of the adapter's buffers.
+    """
+    bases = jax.tree.map(lambda leaf: leaf.sharding, params)
+    places = adapter_shardings(bases, jax.eval_shape(make_adapter))
+    adapter = jax.jit(make_adapter, out_shardings=places)()
+    everywhere: Any = NamedSharding(mesh, PartitionSpec())
+    states = TrainState(places, optimizer_shardings(tx, adapter, places), everywhere, everywhere)
+    start = jax.jit(lambda adapter, key: init_state(adapter, tx, key), out_shardings=states)
+    return adapter, start(adapter, key)

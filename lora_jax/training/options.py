@@ -14,6 +14,7 @@ from lora_jax.config import LoraConfig
 from lora_jax.interop.pretrained import SMOLLM2
 from lora_jax.offloading import offload
 from lora_jax.quantization.formats import FormatName
+from lora_jax.training.mesh import parse_mesh
 
 TWEETS = "tweets"
 
@@ -39,6 +40,26 @@ class ModelOptions:
     unroll: bool = False
     remat: bool = False
     quantize: FormatName | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceOptions:
+    """What the run is spread over. On several hosts, start the same command on each.
+
+    Attributes:
+        mesh: How the devices of all hosts are used, such as data=2,fsdp=4: `data` splits the rows
+            of a batch, `fsdp` those and the weights, `tensor` heads and hidden units. Without it,
+            one device is used.
+        coordinator: HOST:PORT of host 0, or auto to take it and the next two from the cluster's
+            environment (Cloud TPU, Kubernetes, Slurm, Open MPI).
+        num_hosts: How many hosts there are.
+        host_id: Which of them this one is, from 0. Host 0 prints; all must see the output folder.
+    """
+
+    mesh: str | None = None
+    coordinator: str | None = None
+    num_hosts: int | None = None
+    host_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +196,7 @@ class FinetuneOptions:
     """
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    devices: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
     lora: LoraOptions = dataclasses.field(default_factory=LoraOptions)
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
@@ -190,6 +212,8 @@ class FinetuneOptions:
     def check(self) -> None:
         """Raises ValueError, with the option's name, where a value is out of range."""
         self.optimizer.check()
+        if self.devices.mesh is not None:
+            parse_mesh(self.devices.mesh)
         held_out = self.data.held_out
         for name, holds, expected, got in (
             ("steps", self.steps is None or self.steps >= 1, "at least 1", self.steps),
@@ -229,6 +253,8 @@ class FinetuneOptions:
         """As plain values, ready for JSON."""
         plain = dataclasses.asdict(self)
         plain["data"]["data"] = None if self.data.data is None else str(self.data.data)
+        # Who takes part is said anew at every start.
+        plain["devices"] = {"mesh": self.devices.mesh}
         plain["out"] = None if self.out is None else str(self.out)
         return plain
 
@@ -252,6 +278,7 @@ class FinetuneOptions:
             **{
                 **fields,
                 "model": ModelOptions(**fields["model"]),
+                "devices": DeviceOptions(**fields["devices"]),
                 "data": DataOptions(**data),
                 "lora": LoraOptions(**lora),
                 "optimizer": OptimizerOptions(**fields["optimizer"]),

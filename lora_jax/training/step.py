@@ -151,10 +151,13 @@ def make_step(
 
 
 def _cut(path: jax.tree_util.KeyPath, leaf: jax.Array, parts: int) -> jax.Array:
-    """`[B, ...]` to `[parts, B / parts, ...]`."""
+    """`[B, ...]` to `[parts, B / parts, ...]`, rows dealt out in turn.
+
+    So every device has rows of each part, and none moves, where the rows are split over devices.
+    """
     if not leaf.shape or leaf.shape[0] % parts:
         raise ValueError(
             f"batch{jax.tree_util.keystr(path)}: expected a first axis that accumulate={parts} "
             f"divides, got shape {tuple(leaf.shape)}."
         )
-    return leaf.reshape(parts, leaf.shape[0] // parts, *leaf.shape[1:])
+    return leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.transform import compat
+from lora_jax.transform.explicit import automatic
 from lora_jax.transform.stored import multiplied
 from lora_jax.transform.view import RANK, Factor, Term, View, dropped, holding
 from lora_jax.transform.walk import Walk
@@ -35,8 +36,9 @@ def conv_general_dilated(walk: Walk, equation: Any, values: list[Any]) -> list[A
     if kernel.base is not None:
         bind = lambda x, kernel: compat.bind(equation, [x, kernel])[0]  # noqa: E731
         total = multiplied(bind, x, kernel.base)
+    update = automatic(lambda term, x: _term(term, dropped(x, term), params), aval.sharding)
     for term in kernel.terms:
-        total = total + _term(term, dropped(x, term), params).astype(aval.dtype)
+        total = total + update(term, x).astype(aval.dtype)
     return [total]
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lora_jax.transform import compat
 from lora_jax.transform.einsum import Named, multiply
+from lora_jax.transform.explicit import automatic
 from lora_jax.transform.stored import Stored, bound, rows
-from lora_jax.transform.view import RANK, Factor, View, holding, named
+from lora_jax.transform.view import RANK, Factor, Term, View, holding, named
 from lora_jax.transform.walk import Walk
 
 _MODES = {
@@ -58,7 +60,7 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     whole = [axis for axis in offsets if axis != picked]
     collapsed = picked in numbers.collapsed_slice_dims
 
-    def pick(factor: Factor) -> Factor:
+    def pick(factor: Factor, indices: Any = indices_of_picked) -> Factor:
         """The factor's rows; its array's axes are the index axes, then the others."""
         if picked not in factor.dims:
             return factor.renamed(place.__getitem__)
@@ -69,7 +71,7 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
         fill = 0 if jnp.issubdtype(factor.array.dtype, jnp.inexact) else None
         array = lax.gather(
             factor.array,
-            indices_of_picked,
+            indices,
             lax.GatherDimensionNumbers(
                 offset_dims=tuple(range(len(index_axes), len(index_axes) + len(kept))),
                 collapsed_slice_dims=(at,) if collapsed else (),
@@ -118,14 +120,20 @@ def gather(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     total = jnp.zeros(aval.shape, aval.dtype) if base is None else base
     names = tuple(f"o{axis}" for axis in range(len(aval.shape)))
     lengths = dict(zip(names, aval.shape, strict=True))
-    for term in view.terms:
+
+    def update(term: Term, indices: jax.Array) -> jax.Array:
         # Whichever factor holds the table's rows is an activation now, and comes first.
         parts: list[Named] = [
-            named(pick(factor), names.__getitem__, view.dtype) for factor in (term.a, term.b)
+            named(pick(factor, indices), names.__getitem__, view.dtype)
+            for factor in (term.a, term.b)
         ]
         parts.sort(key=lambda part: -sum(part.names.count(names[axis]) for axis in index_axes))
         delta = multiply(parts[0], parts[1:], names, lengths, dtype=view.dtype)
-        total = total + term.scaled(delta).astype(total.dtype)
+        return term.scaled(delta)
+
+    for term in view.terms:
+        delta = automatic(update, aval.sharding)(term, indices_of_picked)
+        total = total + delta.astype(total.dtype)
     return [total]
 
 

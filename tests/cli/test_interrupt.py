@@ -28,7 +28,7 @@ def entries(folder):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX here")
 def test_ctrl_c_saves_and_resume_goes_on_exactly(options, model, tmp_path):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "4"}  # as in this process
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}  # as in this process
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, "finetune", *options, *MANY, "--out", str(broken)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,

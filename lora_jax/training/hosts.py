@@ -1,0 +1,71 @@
+"""Several hosts as one run: each is started with the same command, and they find one another."""
+
+from __future__ import annotations
+
+import jax
+from jax.experimental import multihost_utils
+
+FROM_CLUSTER = "auto"
+
+
+def join(coordinator: str | None, num_hosts: int | None, host_id: int | None) -> None:
+    """Makes this process one of several; before JAX does anything else.
+
+    Args:
+        coordinator: `HOST:PORT` of host 0, which the others can reach; `"auto"` takes all three
+            from the cluster's environment (Cloud TPU, Kubernetes, Slurm, Open MPI); `None` for one
+            process alone.
+        num_hosts: How many processes there are.
+        host_id: Which of them this is, from 0.
+
+    Raises:
+        ValueError: They do not belong together, or the others do not answer.
+    """
+    given = {"num_hosts": num_hosts, "host_id": host_id}
+    if coordinator is None or coordinator == FROM_CLUSTER:
+        if extra := [name for name, value in given.items() if value is not None]:
+            raise ValueError(
+                f"{extra[0]}: expected it together with coordinator=HOST:PORT of host 0, got "
+                f"coordinator={coordinator}."
+            )
+        if coordinator is None:
+            return
+    else:
+        if missing := [name for name, value in given.items() if value is None]:
+            raise ValueError(
+                f"{missing[0]}: expected a number, since coordinator={coordinator} is given. Give "
+                f'all three, or coordinator="{FROM_CLUSTER}" on a cluster that JAX knows.'
+            )
+        if not (num_hosts and host_id is not None and 0 <= host_id < num_hosts):
+            raise ValueError(
+                f"host_id: expected a number from 0 to num_hosts - 1, got {host_id} of {num_hosts}."
+            )
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdecimal():
+            raise ValueError(f"coordinator: expected HOST:PORT, got {coordinator!r}.")
+    try:
+        if coordinator == FROM_CLUSTER:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(coordinator, num_hosts, host_id)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"coordinator: {coordinator}: the hosts did not come together ({error}). Start the "
+            "same command on every host, each with its own host_id, and check that all reach "
+            "host 0 at that port."
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints for all."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Returns when every process is here.
+
+    Args:
+        what: The same in every process; for the error when one does not come.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
