@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,9 @@ Options: TypeAlias = FinetuneOptions | GenerateOptions | MergeOptions | InspectO
 
 def main() -> None:
     """Runs the command line and ends the process with its exit status."""
+    if not os.environ.get(DEBUG):
+        # Orbax raises what goes wrong in its threads, and logs it there too, with tracebacks.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.exit(run(sys.argv[1:]))
 
 

@@ -89,7 +89,7 @@ class Checkpoints:
         self._config, self._base = config, fingerprint(params)
         self._keep, self._best = keep, best
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._cleared = False
+        self._opened = False
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -133,7 +133,7 @@ class Checkpoints:
         path = self._path(step)
         if path.exists():
             raise FileExistsError(f"{path} exists. A step is saved once; choose another directory.")
-        self._clear()
+        self._open()
         self._prune()
         arrays = _named(state)
         about = {
@@ -191,7 +191,11 @@ class Checkpoints:
         Raises:
           Exception: it failed; as `save` says.
         """
-        self._writer.wait_until_finished()
+        try:
+            self._writer.wait_until_finished()
+        except BaseException:
+            self._clear()
+            raise
 
     def close(self) -> None:
         """Waits for the save under way, and removes steps that are not to be kept.
@@ -261,15 +265,20 @@ class Checkpoints:
                 os.replace(self._path(step), gone)
                 shutil.rmtree(gone, ignore_errors=True)
 
+    def _open(self) -> None:
+        """Makes the directory ready, once, before the first save."""
+        if not self._opened:
+            self._clear()
+            if jax.process_index() == 0:
+                self._directory.mkdir(parents=True, exist_ok=True)
+        self._opened = True
+
     def _clear(self) -> None:
-        """Removes what a process that was killed left half written, before the first save."""
-        if self._cleared or jax.process_index() != 0:
-            return
-        for pattern in ("*.orbax-checkpoint-tmp*", ".*.old"):
-            for left in self._directory.glob(pattern):
-                shutil.rmtree(left, ignore_errors=True)
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._cleared = True
+        """Removes what is half written: a save that failed, or those of a killed process."""
+        if jax.process_index() == 0:
+            for pattern in ("*.orbax-checkpoint-tmp*", ".*.old"):
+                for left in self._directory.glob(pattern):
+                    shutil.rmtree(left, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
