@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 def checksums(arrays: Mapping[str, jax.Array]) -> jax.Array:
     """A number for each array that changes with any of its bits, and with their order.
 
-    For an array of 32-bit words w_i it is sum_i w_i m_i modulo 2^32, in which m_i is odd and mixed
-    from i. An odd factor lets no single bit vanish. Sums of integers modulo 2^32 are exact in any
-    order, so the number does not depend on how the array is sharded.
+    For an array of 32-bit words w_i it is sum_i mix(w_i xor mix(i)) modulo 2^32. `mix` maps words
+    to words one to one, so a change of one word always changes the sum, and any other damage goes
+    unseen once in 2^32. Sums of integers modulo 2^32 are exact in any order, so the number does
+    not depend on how the array is sharded.
 
     Args:
       arrays: name -> array, on one device or sharded over one mesh.
@@ -42,9 +43,8 @@ def _checksum(x: jax.Array) -> jax.Array:
         index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         place = place * np.uint32(size) + index
     for part, words in enumerate(_words(x)):
-        total += jnp.sum(
-            words * _odd(place + np.uint32(part * 0x9E3779B9 % 2**32)), dtype=jnp.uint32
-        )
+        mixed = _mix(words ^ _mix(place + np.uint32(part * 0x9E3779B9 % 2**32)))
+        total += jnp.sum(mixed, dtype=jnp.uint32)
     return total
 
 
@@ -61,8 +61,8 @@ def _words(x: jax.Array) -> list[jax.Array]:
     return [jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)]
 
 
-def _odd(index: jax.Array) -> jax.Array:
-    """An odd factor for each index, unrelated for near ones: the finaliser "lowbias32"."""
-    index = (index ^ (index >> 16)) * np.uint32(0x7FEB352D)
-    index = (index ^ (index >> 15)) * np.uint32(0x846CA68B)
-    return (index ^ (index >> 16)) | np.uint32(1)
+def _mix(word: jax.Array) -> jax.Array:
+    """Spreads every bit of uint32 words over all of theirs: the finaliser "lowbias32"."""
+    word = (word ^ (word >> 16)) * np.uint32(0x7FEB352D)
+    word = (word ^ (word >> 15)) * np.uint32(0x846CA68B)
+    return word ^ (word >> 16)

@@ -6,7 +6,8 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ class Checkpoints:
         self._config, self._base = config, fingerprint(params)
         self._keep, self._best = keep, best
         self._writer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        # Removing a large folder takes longer than a step may wait.
+        self._remover = ThreadPoolExecutor(max_workers=1)
         self._opened = False
 
     def __enter__(self) -> Checkpoints:
@@ -148,7 +151,7 @@ class Checkpoints:
     def restore(
         self, like: tuple[Mapping[str, Update], Any], step: int | None = None
     ) -> tuple[int, dict[str, Update], Any, Any]:
-        """Restores what was saved of a step. Changes nothing on the disk.
+        """Restores what was saved of a step. Waits for the save under way; changes nothing on disk.
 
         Args:
           like: `(adapter, state)` of the structure, shapes and dtypes that were saved; arrays, or
@@ -164,6 +167,7 @@ class Checkpoints:
             the last step before it that is whole, and `earlier` holds it.
           CheckpointError: it is of another base, or does not fit `like`.
         """
+        self.wait()
         step = latest_step(self._directory) if step is None else step
         if step is None:
             raise UnreadableError(
@@ -207,6 +211,7 @@ class Checkpoints:
             self.wait()
             self._prune()
         finally:
+            self._remover.shutdown()
             with contextlib.suppress(Exception):  # Said above.
                 self._writer.close()
 
@@ -256,14 +261,14 @@ class Checkpoints:
             return math.inf
         return math.inf if math.isnan(value) else value
 
-    def _remove(self, steps: Any) -> None:
-        for step in steps:
-            if jax.process_index() == 0:
+    def _remove(self, steps: Iterable[int]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
                 # Renamed first: a step that is there is whole, whenever this is stopped.
                 gone = self._directory / f".{step}.old"
                 shutil.rmtree(gone, ignore_errors=True)
                 os.replace(self._path(step), gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                self._remover.submit(shutil.rmtree, gone, ignore_errors=True)
 
     def _open(self) -> None:
         """Makes the directory ready, once, before the first save."""
