@@ -98,7 +98,7 @@ def find(folder: Path) -> Trained:
     """Finds an adapter: of a run's last checkpoint, or in a folder of its own.
 
     Args:
-        folder: of a run, of one of its checkpoints, or of an adapter.
+        folder: of a run, of its checkpoints or one of them, or of an adapter.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -122,8 +122,8 @@ def find(folder: Path) -> Trained:
 
 
 def _adapter(folder: Path) -> Path:
-    steps = folder / CHECKPOINTS
-    if (last := checkpoint.latest_step(steps)) is not None:
-        return steps / str(last)
+    for steps in (folder / CHECKPOINTS, folder):
+        if (last := checkpoint.latest_step(steps)) is not None:
+            return steps / str(last)
     # Orbax has a folder of that name inside of a checkpoint too.
     return folder / ADAPTER if (folder / ADAPTER / "about").is_dir() else folder

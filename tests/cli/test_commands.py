@@ -35,6 +35,7 @@ def adapted_logits(folder, model, tokens):
 
 def test_finetune_learns_and_writes_everything(trained):
     assert {path.name for path in trained.iterdir()} == RUN_FILES
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "8"]
     steps = entries(trained, "train")
     assert [entry["step"] for entry in steps] == list(range(1, 9))
     assert set(steps[0]) == {
@@ -143,9 +144,10 @@ def test_merge_writes_what_transformers_loads(trained, model, tmp_path, capsys):
 
 
 def test_inspect_shows_config_base_and_table(trained, model, capsys):
-    for folder in (trained, trained / "adapter"):
-        assert run(["inspect", "--adapter", str(folder)]) == 0
+    for folder, step in ((".", 8), ("adapter", 8), ("checkpoints", 8), ("checkpoints/4", 4)):
+        assert run(["inspect", "--adapter", str(trained / folder)]) == 0
         said = capsys.readouterr().out
+        assert f"Saved after step {step}\n" in said
         assert f"Base: {model}, float32, stacked layers" in said
         assert "rank: 4" in said
         assert 'exclude: ["lm_head/*"]' in said
@@ -158,7 +160,8 @@ FLAGS = {
     "finetune": (
         "model dtype unroll remat quantize data held-out rows row-length rank alpha targets "
         "exclude dropout rank-stabilized learning-rate schedule warmup weight-decay clip "
-        "accumulate paged steps epochs evaluations seed out resume overwrite"
+        "accumulate paged steps epochs evaluations seed out resume overwrite "
+        "save-every keep resume-from"
     ),
     "generate": "prompt model adapter form system max-new-tokens temperature seed dtype",
     "merge": "adapter out model",
