@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 from collections.abc import Mapping
 from typing import Any
@@ -87,16 +86,14 @@ def _sample(array: Any) -> np.ndarray:
     strides = tuple(max(1, size // 4) for size in array.shape)
     if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
         everywhere = NamedSharding(array.sharding.mesh, PartitionSpec())
-        return np.asarray(_spread(array, strides, everywhere))
+        take = jax.jit(_spread, static_argnums=(1, 2), out_shardings=everywhere)
+        return np.asarray(take(array, strides, everywhere))
     return np.asarray(array[tuple(slice(None, None, stride) for stride in strides)])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def _spread(array: jax.Array, strides: tuple[int, ...], everywhere: NamedSharding) -> jax.Array:
     places = tuple(slice(None, None, stride) for stride in strides)
-    return jax.lax.with_sharding_constraint(
-        array.at[places].get(out_sharding=everywhere), everywhere
-    )
+    return array.at[places].get(out_sharding=everywhere)
 
 
 def _how_stored(leaf: Quantized) -> dict[str, Any]:

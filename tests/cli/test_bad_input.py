@@ -11,10 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
+from lora_jax.checkpoint import read_about
 from lora_jax.cli import run
 from lora_jax.interop.pretrained import load_pretrained
 from lora_jax.training import folder as folder_module
 from lora_jax.training.batching import Batch
+from lora_jax.training.folder import RunFolder
 
 
 def refused(arguments, capsys):
@@ -187,13 +189,9 @@ def test_a_damaged_checkpoint_names_the_one_before_and_goes_on_from_it(trained, 
         assert f"finetune --resume --out {copy} --resume-from 4" in said
         assert contents(copy) == before
     assert run(["finetune", "--resume", "--out", str(copy), "--resume-from", "4"]) == 0
-    numbers = [
-        [{**json.loads(line), "seconds": 0} for line in (f / "metrics.jsonl").open()]
-        for f in (copy, trained)
-    ]
-    assert numbers[0] == numbers[1]
-    adapters = [lora.checkpoint.layout.read_about(f / "adapter")["step"] for f in (copy, trained)]
-    assert adapters == [8, 8]
+    one, two = (RunFolder(folder).metrics() for folder in (copy, trained))
+    assert [{**entry, "seconds": 0} for entry in one] == [{**entry, "seconds": 0} for entry in two]
+    assert read_about(copy / "adapter") == read_about(trained / "adapter")
     said = refused(["finetune", "--out", copy, "--resume-from", 4], capsys)
     assert "resume_from: expected it together with --resume, got 4" in said
 

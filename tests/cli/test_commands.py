@@ -17,7 +17,7 @@ from lora_jax.training.options import FinetuneOptions
 
 RUN_FILES = {
     "adapter", "curves.png", "curves.svg", "metrics.jsonl", "results.json", "run.json",
-    "state.safetensors",
+    "checkpoints",
 }  # fmt: skip
 
 
