@@ -2,11 +2,10 @@
 
 Timed, on a CPU: SmolLM2-135M (fetched from PyPI once, 90 MB), an adapter of rank 8 on all linear
 layers and its AdamW state, the training step of this library. A round is some steps, a save in the
-background, the steps during which its files are written, and a save that is waited for. All are
-divided by the round's own median step, so that a machine that slows down slows both. `blocked` is
-how long the call of `save` takes, with the step before it finished; `slower` is what the steps take
-longer while files are written, in all, which a CPU does with the threads that compute: on an
-accelerator they are the host's. Run with `python benchmarks/saving.py`; it takes a few minutes.
+background, the steps during which its files are written, and a save that is waited for. `blocked` is
+how long the call of `save` takes with the step before it finished, which is what a device would
+stand idle; both kinds of save are divided by the median of the round's own steps, so that a machine
+that slows down slows both. Run with `python benchmarks/saving.py`; it takes a few minutes.
 """
 
 from __future__ import annotations
@@ -87,20 +86,17 @@ def main() -> None:
             save(0, state, wait=True)  # Compiles the checksums, once a run.
             results = []
             for number in range(1, ROUNDS + 1):
-                alone, during = [], []
+                times = []
                 for _ in range(STEPS):
                     state, seconds = step(state)
-                    alone.append(seconds)
+                    times.append(seconds)
                 blocked = save(2 * number, state, wait=False)
-                for _ in range(STEPS):
-                    state, seconds = step(state)
-                    during.append(seconds)
+                state, _ = step(state)
                 checkpoints.wait()
                 waited = save(2 * number + 1, state, wait=True)
-                median = statistics.median(alone)
-                slower = sum(during) - STEPS * median
-                results.append((median, blocked / median, slower / median, waited / median))
-    names = ("s a step", "blocked / step", "slower / step", "waited for / step")
+                median = statistics.median(times)
+                results.append((median, blocked / median, waited / median))
+    names = ("s a step", "blocked / step", "waited for / step")
     print(f"{'':18}{'median':>9}{'least':>9}{'most':>9}")
     for name, values in zip(names, zip(*results, strict=True), strict=True):
         print(f"{name:18}{statistics.median(values):9.4f}{min(values):9.4f}{max(values):9.4f}")

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from lora_jax.checkpoint import layout
 from lora_jax.checkpoint.base import difference, fingerprint
@@ -188,6 +189,7 @@ class Checkpoints:
         """Removes later steps, for a run that goes on from an earlier one and does them again."""
         self.wait()
         self._remove(later for later in self.steps() if later > step)
+        multihost_utils.sync_global_devices(f"lora_jax: forgot after {step}")
 
     def wait(self) -> None:
         """Waits for the save under way.

@@ -63,18 +63,18 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
         task = _task(options, model, console)
         run = _Run.prepare(options, model, task, folder)
     console.print(summary_table(summary(model.params, run.state.adapter)))
+    about = _about(options, model, task, run.steps)
+    if not options.resume:
+        folder.begin(about)
     with (
         loop.interruptible() as stop,
         Saves(folder, run.config, model.params, keep=options.keep) as saves,
     ):
-        about = _about(options, model, task, run.steps)
         state, place = run.state, None
         if options.resume:
             state, place = _restore(saves, run)
             folder.describe(about)
             console.print(f"Going on after step {int(state.step)} of {run.steps}.")
-        else:
-            folder.begin(about)
         try:
             state = _train(run, state, place, saves, stop, console)
         except loop.NonFiniteLoss as error:

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from lora_jax.checkpoint import latest_step
 
@@ -93,6 +94,8 @@ class RunFolder:
     def begin(self, about: Mapping[str, Any]) -> None:
         """Removes an earlier run's files and writes `run.json`.
 
+        Of several processes all call this, and go on when it is done.
+
         Raises:
             DiskFull: there is no room.
         """
@@ -105,6 +108,7 @@ class RunFolder:
             with self.room("run.json", "nothing has been saved"):
                 self.path.mkdir(parents=True, exist_ok=True)
         self.describe(about)
+        multihost_utils.sync_global_devices(f"lora_jax: begun {self.path}")
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Writes `run.json`.

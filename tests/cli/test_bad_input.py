@@ -201,10 +201,9 @@ def test_checkpoints_of_something_else_are_kept(trained, tmp_path, capsys):
     for step in ("4", "8"):
         shutil.rmtree(copy / "checkpoints" / step / "about")
     before = contents(copy)
-    for option in ("--resume", "--overwrite"):
-        said = refused(["finetune", option, "--out", copy], capsys)
-        assert "checkpoints: expected steps saved by lora_jax" in said
-        assert contents(copy) == before
+    said = refused(["finetune", "--resume", "--out", copy], capsys)
+    assert "checkpoints: expected steps saved by lora_jax" in said
+    assert contents(copy) == before
 
 
 def test_a_merge_does_not_write_into_a_full_folder(trained, capsys):

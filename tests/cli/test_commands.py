@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,16 @@ def test_the_same_seed_gives_the_same_run_and_tells_about_it(tmp_path, options, 
     assert "lm_head" not in said
     for one, two in zip(*(entries(f, "train") for f in (trained, tmp_path / "run")), strict=True):
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_a_run_killed_before_its_first_save_starts_from_its_beginning(tmp_path, trained):
+    shutil.copy(trained / "run.json", tmp_path / "run.json")
+    lines = (trained / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:3]) + '\n{"kind": "tr')
+    assert run(["finetune", "--resume", "--out", str(tmp_path)]) == 0
+    for kind in ("train", "evaluation"):
+        one, two = entries(tmp_path, kind), entries(trained, kind)
+        assert [{**e, "seconds": 0} for e in one] == [{**e, "seconds": 0} for e in two]
 
 
 @pytest.mark.parametrize("form", ["completion", "text"])
