@@ -1,5 +1,7 @@
 """Low-rank adapters for any JAX function."""
 
+from lora_jax.checkpoint import Checkpoints as Checkpoints
+from lora_jax.checkpoint import latest_step as latest_step
 from lora_jax.checkpoint import restore as restore
 from lora_jax.checkpoint import save as save
 from lora_jax.config import LoraConfig as LoraConfig

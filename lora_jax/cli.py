@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, TypeAlias
@@ -28,6 +30,9 @@ Options: TypeAlias = FinetuneOptions | GenerateOptions | MergeOptions | InspectO
 
 def main() -> None:
     """Runs the command line and ends the process with its exit status."""
+    if not os.environ.get(DEBUG):
+        # Orbax raises what goes wrong in its threads, and logs it there too, with tracebacks.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.exit(run(sys.argv[1:]))
 
 
@@ -38,9 +43,9 @@ def run(arguments: Sequence[str]) -> int:
         arguments: without the program's name.
 
     Returns:
-        The exit status: 0; 2 for input that cannot be used, which includes training that diverges:
-        one message, and no traceback unless the environment variable LORA_JAX_DEBUG is set; 130
-        after Ctrl-C.
+        The exit status: 0, also after SIGTERM in training, which is saved; 2 for input that cannot
+        be used, which includes training that diverges: one message, and no traceback unless the
+        environment variable LORA_JAX_DEBUG is set; 130 after Ctrl-C.
     """
     console = Console(highlight=False, soft_wrap=True)
     errors = Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
@@ -65,7 +70,7 @@ def run(arguments: Sequence[str]) -> int:
         assert isinstance(options, FinetuneOptions)
         again = f"{PROGRAM} finetune --resume --out {options.folder()}"
         errors.print(f"\nStopped after step {stop.step}. The adapter is saved. Go on with: {again}")
-        return 130
+        return 0 if stop.signal == signal.SIGTERM else 130
     except SystemExit as stop:  # --help, or arguments that make no sense: tyro has said so.
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -95,7 +100,9 @@ def parse(arguments: Sequence[str]) -> Options:
                     f"{options.folder()}: run.json does not hold a run's options ({error}). Start "
                     "the run anew (--overwrite)."
                 ) from error
-            saved = dataclasses.replace(saved, out=options.folder(), overwrite=False)
+            saved = dataclasses.replace(
+                saved, out=options.folder(), overwrite=False, resume_from=None
+            )
             options = _cli(arguments, saved)
         elif isinstance(options, FinetuneOptions) and options.model.quantize is not None:
             options = _cli(arguments, FinetuneOptions.qlora())

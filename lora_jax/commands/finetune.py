@@ -34,6 +34,7 @@ from lora_jax.training.folder import CURVES, METRICS, RESULTS, FolderError, RunF
 from lora_jax.training.mesh import check_rows, make_mesh, parse_mesh, spread, start_on_mesh
 from lora_jax.training.objective import next_token_loss
 from lora_jax.training.options import FinetuneOptions
+from lora_jax.training.saves import Saves
 from lora_jax.training.step import TrainState, init_state, make_step
 from lora_jax.training.tasks import Sample, Task, file_task, tweets_task
 from lora_jax.transform.lift import lift
@@ -48,8 +49,8 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
     """Runs `lora-jax finetune`.
 
     Raises:
-        InputError, DataError, AssetError, FolderError: the options, the model, the data or the
-            output folder cannot be used.
+        InputError, DataError, AssetError, FolderError, CheckpointError: the options, the model,
+            the data, the output folder or its checkpoints cannot be used.
         DiskFull: there is no room for the results.
         NonFiniteLoss, Interrupted: as in `training.loop.run`.
     """
@@ -77,21 +78,31 @@ def _finetune(
         task = _task(options, model, console)
         run = _Run.prepare(options, mesh, model, task, folder)
     console.print(summary_table(summary(model.params, run.state.adapter)))
-    state, place = run.state, None
-    if options.resume:
-        state, place = _restore(folder, run)
-        console.print(f"Going on after step {int(state.step)} of {run.steps}.")
-    else:
-        folder.begin(_about(options, model, task, run.steps))
-    try:
-        state = _train(run, state, place, console)
-    except loop.NonFiniteLoss as error:
-        raise loop.NonFiniteLoss(
-            f"{error} The last good adapter, after step {error.step - 1}, is in {folder.adapter}. "
-            "Look at these examples, or go on with a lower learning rate: "
-            f"lora-jax finetune --resume --out {folder.path} --learning-rate ...",
-            step=error.step,
-        ) from error
+    about = _about(options, model, task, run.steps)
+    hosts.wait_for_all("all have checked the folder")
+    if not options.resume:
+        folder.begin(about)
+    with (
+        loop.interruptible() as told,
+        Saves(folder, run.config, model.params, keep=options.keep) as saves,
+    ):
+        stop = hosts.agreeing(told)
+        state, place = run.state, None
+        if options.resume:
+            state, place = _restore(saves, run)
+            folder.describe(about)
+            console.print(f"Going on after step {int(state.step)} of {run.steps}.")
+        try:
+            state = _train(run, state, place, saves, stop, console)
+        except loop.NonFiniteLoss as error:
+            raise loop.NonFiniteLoss(
+                f"{error} The last good adapter, after step {error.step - 1}, is in "
+                f"{folder.adapter}. Look at these examples, or go on with a lower learning rate: "
+                f"lora-jax finetune --resume --out {folder.path} --learning-rate ...",
+                step=error.step,
+            ) from error
+    if reason := stop():
+        raise loop.Interrupted(run.steps, reason)
     _report(run, state, console, seconds=time.perf_counter() - started)
 
 
@@ -233,8 +244,9 @@ def _batches(options: FinetuneOptions, task: Task, epochs: int | None = None) ->
 
 def _about(options: FinetuneOptions, model: Pretrained, task: Task, steps: int) -> dict[str, Any]:
     """What `run.json` says: enough to go on, and to prompt the model as it was trained."""
+    again = dataclasses.replace(options, resume=False, resume_from=None, overwrite=False)
     return {
-        "options": options.to_dict(),
+        "options": again.to_dict(),
         "model": model.name if not Path(model.name).exists() else str(Path(model.name).absolute()),
         "steps": steps,
         "prompt": dataclasses.asdict(task.form),
@@ -242,34 +254,49 @@ def _about(options: FinetuneOptions, model: Pretrained, task: Task, steps: int) 
     }
 
 
-def _restore(folder: RunFolder, run: _Run) -> tuple[TrainState, dict[str, Any]]:
-    state, place = folder.restore(run.state)
-    if place.get("examples") != run.task.digest():
-        raise FolderError(
-            f"{folder.path}: the run was made with other examples than these: the data, its split "
-            "or its tokens changed. Give the same --data, --held-out and --seed, or start anew "
-            "(--overwrite)."
-        )
-    if int(state.step) > run.steps:
-        raise FolderError(
-            f"{folder.path}: the run is at step {int(state.step)}, beyond --steps {run.steps}."
-        )
-    made_with = checkpoint.read_about(folder.adapter)["base"]
-    if difference := checkpoint.difference(made_with, checkpoint.fingerprint(run.model.params)):
-        raise FolderError(
-            f"{folder.path}: the run was made on another base. {difference} Go on without --model, "
-            "--dtype, --unroll and --quantize, or start anew (--overwrite)."
-        )
+def _restore(saves: Saves, run: _Run) -> tuple[TrainState, dict[str, Any] | None]:
+    """Where the run goes on: its last checkpoint, or its start if it has none yet."""
+    folder, at = run.folder, run.options.resume_from
+    state, place = run.state, None
+    again = f"lora-jax finetune --resume --out {folder.path}"
+    if at is not None or checkpoint.latest_step(folder.checkpoints) is not None:
+        try:
+            step, state, saved = saves.restore(run.state, at)
+        except checkpoint.UnreadableError as error:
+            fix = (
+                "Start anew (--overwrite), or in another folder (--out)."
+                if error.earlier is None
+                else f"Go on from it: {again} --resume-from {error.earlier}"
+            )
+            raise FolderError(f"{error} Nothing was changed. {fix}") from error
+        except checkpoint.CheckpointError as error:
+            raise FolderError(
+                f"{error} Give the options that the run was started with ({again} does), or start "
+                "anew (--overwrite)."
+            ) from error
+        if saved["examples"] != run.task.digest():
+            raise FolderError(
+                f"{folder.path}: the run was made with other examples than these: the data, its "
+                "split or its tokens changed. Give the same --data, --held-out and --seed, or "
+                "start anew (--overwrite)."
+            )
+        if step > run.steps:
+            raise FolderError(
+                f"{folder.path}: the run is at step {step}, beyond --steps {run.steps}."
+            )
+        place = saved["batches"]
+        saves.forget_after(step)
     folder.forget_after(int(state.step))
-    return state, place["batches"]
+    return state, place
 
 
 class _Events:
     """Writes what happens to the run's folder, and shows it."""
 
-    def __init__(self, run: _Run, console: Console, progress: Any, bar: Any, digest: str):
-        self._run, self._console, self._digest = run, console, digest
+    def __init__(self, run: _Run, saves: Saves, console: Console, progress: Any, bar: Any):
+        self._run, self._saves, self._console = run, saves, console
         self._progress, self._bar, self._speed = progress, bar, 0.0
+        self._digest = run.task.digest()
 
     def stepped(self, entry: dict[str, Any]) -> None:
         self._run.folder.log(entry)
@@ -285,17 +312,20 @@ class _Events:
             f"{evaluation.loss:.3f} ({evaluation.examples} examples)."
         )
 
-    def save(self, state: TrainState, place: dict[str, Any]) -> None:
-        self._run.folder.save(
-            state,
-            self._run.config,
-            self._run.model.params,
-            place={"batches": place, "examples": self._digest},
-        )
+    def save(
+        self, step: int, state: TrainState, place: dict[str, Any], evaluation: Evaluation | None
+    ) -> None:
+        place = {"batches": place, "examples": self._digest}
+        self._saves.save(step, state, place=place, evaluation=evaluation)
 
 
 def _train(
-    run: _Run, state: TrainState, place: dict[str, Any] | None, console: Console
+    run: _Run,
+    state: TrainState,
+    place: dict[str, Any] | None,
+    saves: Saves,
+    stop: Callable[[], Any],
+    console: Console,
 ) -> TrainState:
     options, optimizer = run.options, run.options.optimizer
     batches = _batches(options, run.task)
@@ -306,8 +336,8 @@ def _train(
     evaluate_at = frozenset(round(run.steps * i / between) for i in range(1, between + 1))
     with progress_bar(console) as progress:
         bar = progress.add_task("", total=run.steps, completed=done, loss=np.nan, speed=0.0)
-        events = _Events(run, console, progress, bar, run.task.digest())
-        if not any(entry["kind"] == "evaluation" for entry in run.folder.metrics()):
+        events = _Events(run, saves, console, progress, bar)
+        if not done:
             progress.stop()
             events.evaluated(0, run.evaluate(state.adapter, run.model.params))
             progress.start()
@@ -326,6 +356,8 @@ def _train(
             learning_rate=learning_rates,
             evaluate=run.evaluate,
             evaluate_at=evaluate_at,
+            save_every=options.save_every,
+            stop=stop,
             events=events,
             where=lambda index: run.task.train[index].where,
             spread=lambda batch: spread(batch, run.mesh),
@@ -334,11 +366,13 @@ def _train(
 
 def _report(run: _Run, state: TrainState, console: Console, *, seconds: float) -> None:
     """Shows and writes accuracy, loss and answers before and after."""
+    # All hosts compute the answers, one writes them. The start is the base: B is zero.
+    said = [run.answers(adapter) for adapter in (run.start, state.adapter)]
+    if not hosts.is_first():
+        return
     entries = run.folder.metrics()
     evaluations = [entry for entry in entries if entry["kind"] == "evaluation"]
     before, after = evaluations[0], evaluations[-1]
-    # The start is the base: B is zero.
-    said = [run.answers(adapter) for adapter in (run.start, state.adapter)]
     of = "answers" if run.task.choices is not None else "tokens"
     console.print(
         f"\n[bold]Held-out {of} right: {before['accuracy']:.1%} before, "

@@ -5,15 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
-import jax
 from rich.console import Console
 from rich.markup import escape
 
-from lora_jax.adapters.lora import Axes, Lora
-from lora_jax.adapters.whole import Whole
-from lora_jax.checkpoint import abstract_base
+from lora_jax.checkpoint import abstract_adapter, abstract_base
 from lora_jax.commands import trained
 from lora_jax.commands.display import summary_table
 from lora_jax.commands.errors import reading_input
@@ -46,22 +42,12 @@ def inspect(options: InspectOptions, console: Console) -> None:
         f"Base: {escape(found.run.get('model', 'not named'))}, {found.dtype}, {layout} layers, "
         f"fingerprint {base['sha256'][:16]}"
     )
+    if "step" in found.about:
+        console.print(f"Saved after step {found.about['step']}")
     if "prompt" in found.run:
         console.print(f"Prompts: {escape(json.dumps(found.run['prompt'], ensure_ascii=False))}")
     console.print("Config:")
     for name, value in found.about["config"].items():
         console.print(f"  {name}: {escape(json.dumps(value))}")
-    adapter = {path: _abstract(saved) for path, saved in found.about["updates"].items()}
+    adapter = abstract_adapter(found.about)
     console.print(summary_table(summary(abstract_base(base), adapter)))
-
-
-def _abstract(saved: dict[str, Any]) -> Any:
-    """An update with shapes in place of arrays."""
-    leaves: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"])
-        for name, leaf in saved["leaves"].items()
-    }
-    if saved["kind"] == "whole":
-        return Whole(**leaves)
-    axes = Axes(**{group: tuple(places) for group, places in saved["axes"].items()})
-    return Lora(**leaves, axes=axes, scale=saved["scale"], dropout_rate=saved["dropout_rate"])

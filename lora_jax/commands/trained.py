@@ -14,7 +14,7 @@ from lora_jax.interop.huggingface import read_json
 from lora_jax.interop.pretrained import Pretrained, load_pretrained
 from lora_jax.interop.tokenizer import Tokenizer
 from lora_jax.quantization.formats import Format
-from lora_jax.training.folder import ADAPTER, RUN
+from lora_jax.training.folder import ADAPTER, CHECKPOINTS, RUN
 from lora_jax.training.tasks import PromptForm
 from lora_jax.tree import Update
 
@@ -63,7 +63,7 @@ class Trained:
             return PromptForm(**self.run["prompt"])
         except TypeError as error:
             raise InputError(
-                f"{self.path.parent / RUN}: prompt: expected chat, system and suffix, got "
+                f"{self.path}: prompt in its {RUN}: expected chat, system and suffix, got "
                 f"{self.run['prompt']!r}."
             ) from error
 
@@ -95,18 +95,20 @@ class Trained:
 
 
 def find(folder: Path) -> Trained:
-    """Finds the adapter in a run's folder, or in its `adapter` folder itself.
+    """Finds an adapter: of a run's last checkpoint, or in a folder of its own.
+
+    Args:
+        folder: of a run, of its checkpoints or one of them, or of an adapter.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
         InputError: `run.json` is damaged, or the adapter's base is not a decoder of ours.
     """
-    # Orbax has a folder of that name inside of the checkpoint too.
-    path = folder / ADAPTER if (folder / ADAPTER / "about").is_dir() else folder
+    path = _adapter(folder.absolute())
     about = checkpoint.read_about(path)
-    file = path.absolute().parent / RUN
+    file = next((parent / RUN for parent in path.parents[:2] if (parent / RUN).is_file()), None)
     run: dict[str, Any] = {}
-    if file.is_file():
+    if file is not None:
         try:
             run = json.loads(file.read_text("utf-8"))
         except ValueError as error:
@@ -117,3 +119,11 @@ def find(folder: Path) -> Trained:
             f"command line runs; its base has {', '.join(list(about['base']['leaves'])[:3])}, ..."
         )
     return Trained(path, about, run)
+
+
+def _adapter(folder: Path) -> Path:
+    for steps in (folder / CHECKPOINTS, folder):
+        if (last := checkpoint.latest_step(steps)) is not None:
+            return steps / str(last)
+    # Orbax has a folder of that name inside of a checkpoint too.
+    return folder / ADAPTER if (folder / ADAPTER / "about").is_dir() else folder

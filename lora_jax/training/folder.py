@@ -2,13 +2,14 @@
 
     run.json            all options, and what the prompts look like
     metrics.jsonl       one object for each step and each evaluation
-    adapter/            the adapter, as `lora_jax.checkpoint` saves it
-    state.safetensors   what is needed to go on: adapter, optimizer state, step, key, place in data
+    checkpoints/STEP/   what is needed to go on after that step; the last ones, and the best
+    adapter/            the adapter alone, of the last step when the run ended or was stopped
     results.json        accuracy, loss and sample answers, before and after
     curves.png, .svg    loss and accuracy
 
-Everything is written under another name first and then renamed, so that a full disk or a lost
-connection never leaves a part of a file in place of a good one.
+Everything is written under another name first and then renamed, so that a full disk, a lost
+connection or a killed process never leaves a part of a file in place of a good one. Of several
+processes the first writes.
 """
 
 from __future__ import annotations
@@ -23,23 +24,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from lora_jax import checkpoint
-from lora_jax.config import LoraConfig
-from lora_jax.training.step import TrainState
+from lora_jax.checkpoint import latest_step
+from lora_jax.training.hosts import is_first, wait_for_all
 
 RUN = "run.json"
 METRICS = "metrics.jsonl"
 ADAPTER = "adapter"
-STATE = "state.safetensors"
+CHECKPOINTS = "checkpoints"
 RESULTS = "results.json"
 CURVES = ("curves.png", "curves.svg")
-_OWN = (RUN, METRICS, ADAPTER, STATE, RESULTS, *CURVES)
+_OWN = (METRICS, CHECKPOINTS, ADAPTER, RESULTS, *CURVES)
 
 
 class FolderError(ValueError):
@@ -62,8 +58,13 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """Where the adapter is."""
+        """Where the adapter is when the run has ended."""
         return self.path / ADAPTER
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints are."""
+        return self.path / CHECKPOINTS
 
     def check_new(self, *, overwrite: bool) -> None:
         """Checks that a run may be written here, before anything is loaded; writes nothing.
@@ -76,7 +77,8 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise FolderError(f"{self.path}: expected a folder, got a file. Choose another output.")
-        held = sorted(entry.name for entry in self.path.iterdir())
+        # A process that was killed may have left a file that it had not renamed yet.
+        held = sorted(x.name for x in self.path.iterdir() if x.name != f"{RUN}.new")
         if RUN in held and not overwrite:
             raise FolderError(
                 f"{self.path} already holds a run. Go on with it (--resume), replace it "
@@ -91,17 +93,29 @@ class RunFolder:
     def begin(self, about: Mapping[str, Any]) -> None:
         """Removes an earlier run's files and writes `run.json`.
 
+        Of several processes all call this, and go on when it is done.
+
         Raises:
             DiskFull: there is no room.
         """
-        for name in _OWN:
-            if (self.path / name).is_dir():
-                shutil.rmtree(self.path / name)
-            else:
-                (self.path / name).unlink(missing_ok=True)
-        with self._room("run.json", "nothing has been saved"):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write(RUN, _json(about))
+        if is_first():
+            for name in _OWN:
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
+                else:
+                    (self.path / name).unlink(missing_ok=True)
+            with self.room("run.json", "nothing has been saved"):
+                self.path.mkdir(parents=True, exist_ok=True)
+        self.describe(about)
+        wait_for_all(f"begin {self.path}")
+
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """Writes `run.json`.
+
+        Raises:
+            DiskFull: there is no room.
+        """
+        self.write(RUN, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 
     def about(self) -> dict[str, Any]:
         """What `begin` wrote.
@@ -129,10 +143,9 @@ class RunFolder:
         Raises:
             DiskFull: there is no room.
         """
-        with (
-            self._room(METRICS, "the adapter's last save is whole"),
-            (self.path / METRICS).open("a", encoding="utf-8") as file,
-        ):
+        if not is_first():
+            return
+        with self.room(METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(_finite(entry)) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -147,73 +160,15 @@ class RunFolder:
         return entries
 
     def forget_after(self, step: int) -> None:
-        """Removes the entries of later steps, which a run that goes on from `step` does again."""
-        kept = [entry for entry in self.metrics() if entry["step"] <= step]
-        with self._room(METRICS, "the adapter's last save is whole"):
-            self._write(METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
+        """Removes the entries of what a run does again that goes on from `step`.
 
-    def save(
-        self, state: TrainState, config: LoraConfig, params: Any, *, place: Mapping[str, Any]
-    ) -> None:
-        """Saves the adapter, and what is needed to go on.
-
-        Args:
-            state: of the training.
-            config: the adapter's.
-            params: the base, for its fingerprint.
-            place: the data iterator's state and what else must be known to go on; JSON values.
+        From step 0 that is everything: an evaluation comes before the first step.
 
         Raises:
-            DiskFull: there is no room; what was saved before is still there.
+            DiskFull: there is no room.
         """
-        with self._room(f"step {int(state.step)}", self._saved()):
-            self._write_state(state, place)
-            checkpoint.save(self.adapter, state.adapter, config, params, overwrite=True)
-
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads what `save` saved.
-
-        Args:
-            like: a state of the same structure, shapes and dtypes. Leaves are put where its leaves
-                are: in the host's memory those of an offloaded optimizer.
-
-        Returns:
-            `(state, place)`.
-
-        Raises:
-            FolderError: nothing was saved, the file is damaged, or it does not fit.
-        """
-        file = self.path / STATE
-        if not file.is_file():
-            raise FolderError(
-                f"{file}: not found: the run was stopped before its first save. Start it anew "
-                "(--overwrite)."
-            )
-        try:
-            with safetensors.safe_open(file, framework="numpy") as reader:
-                place = json.loads((reader.metadata() or {})["place"])
-                arrays = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        except (safetensors.SafetensorError, KeyError, ValueError, OSError) as error:
-            raise FolderError(
-                f"{file}: damaged or truncated ({error}). The adapter in {self.adapter} is kept "
-                "apart from it. Start the run anew (--overwrite), or in another folder."
-            ) from error
-        leaves, structure = jax.tree.flatten_with_path(_plain(like))
-        names = [jax.tree_util.keystr(path) for path, _ in leaves]
-        if different := sorted(set(names) ^ set(arrays)):
-            raise FolderError(
-                f"{file}: does not fit the run's options: {len(names)} arrays expected, "
-                f"{len(arrays)} found; the first that differs is {different[0]}. {_SAME}"
-            )
-        for name, (_, leaf) in zip(names, leaves, strict=True):
-            expected = f"{leaf.dtype}{list(leaf.shape)}"
-            if (got := f"{arrays[name].dtype}{list(arrays[name].shape)}") != expected:
-                raise FolderError(f"{file}: {name}: expected {expected}, got {got}. {_SAME}")
-        plain = structure.unflatten(
-            [_placed(arrays[name], leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
-        )
-        key = jax.random.wrap_key_data(plain.key, impl=jax.random.key_impl(like.key))
-        return dataclasses.replace(plain, key=key), place
+        kept = [entry for entry in self.metrics() if entry["step"] <= step] if step else []
+        self.write(METRICS, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def write(self, name: str, text: str) -> None:
         """Writes one of the run's text files.
@@ -221,25 +176,11 @@ class RunFolder:
         Raises:
             DiskFull: there is no room.
         """
-        with self._room(name, self._saved()):
-            self._write(name, text)
-
-    def _write_state(self, state: TrainState, place: Mapping[str, Any]) -> None:
-        leaves, _ = jax.tree.flatten_with_path(_plain(state))
-        arrays = {jax.tree_util.keystr(path): np.asarray(leaf, order="C") for path, leaf in leaves}
-        new = self.path / f"{STATE}.new"
-        try:
-            safetensors.numpy.save_file(arrays, new, metadata={"place": json.dumps(place)})
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(new, self.path / STATE)
-        finally:
-            new.unlink(missing_ok=True)
-
-    def _write(self, name: str, text: str) -> None:
+        if not is_first():
+            return
         new = self.path / f"{name}.new"
         try:
-            with new.open("w", encoding="utf-8") as file:
+            with self.room(name), new.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -247,14 +188,15 @@ class RunFolder:
         finally:
             new.unlink(missing_ok=True)
 
-    def _saved(self) -> str:
-        if self.adapter.exists():
-            return f"the adapter saved before is whole, in {self.adapter}"
-        return "no adapter has been saved yet"
-
     @contextlib.contextmanager
-    def _room(self, what: str, saved: str) -> Iterator[None]:
-        """Turns a full disk, in whatever way a library reports it, into `DiskFull`."""
+    def room(self, what: str, saved: str | None = None) -> Iterator[None]:
+        """Turns a full disk, in whatever way a library reports it, into `DiskFull`.
+
+        Args:
+            what: what is written.
+            saved: what is on the disk all the same; by default it says where the last checkpoint
+                is.
+        """
         try:
             yield
         except Exception as error:
@@ -263,27 +205,14 @@ class RunFolder:
                 raise
             raise DiskFull(
                 errno.ENOSPC,
-                f"{self.path}: no room on the disk: {what} was not saved; {saved}. Make room, then "
-                "go on with --resume",
+                f"{self.path}: no room on the disk: {what} was not saved; "
+                f"{saved or self._saved()}. Make room, then go on with --resume",
             ) from error
 
-
-_SAME = "Give the options that the run was started with, or start it anew (--overwrite)."
-
-
-def _plain(state: TrainState) -> TrainState:
-    """With the key as its raw numbers."""
-    return dataclasses.replace(state, key=jax.random.key_data(state.key))
-
-
-def _placed(array: np.ndarray, like: jax.Array) -> jax.Array:
-    """A copy, since the state is donated; on no particular device if `like` is on none."""
-    copy = jnp.array(array)
-    return jax.device_put(copy, like.sharding) if like.committed else copy
-
-
-def _json(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    def _saved(self) -> str:
+        if (step := latest_step(self.checkpoints)) is not None:
+            return f"what was saved before is whole, in {self.checkpoints / str(step)}"
+        return "nothing has been saved yet"
 
 
 def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:

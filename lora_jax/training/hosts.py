@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Stop = Callable[[], signal.Signals | None]
 
 FROM_CLUSTER = "auto"
 
@@ -69,3 +77,30 @@ def wait_for_all(what: str) -> None:
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def agreeing(stop: Stop) -> Stop:
+    """A function that says in every process what `stop` said in any of them, one call later.
+
+    So that all stop after the same step, whichever of them was told to. The flags are compared on
+    the devices, behind the step, and nobody waits for them: what a call returns has been computed
+    since the call before.
+
+    Args:
+        stop: Which signal came to this process, or `None`.
+    """
+    if jax.process_count() == 1:
+        return stop
+    count = jax.device_count()
+    mesh = jax.make_mesh((count,), ("device",), axis_types=(AxisType.Auto,))
+    each, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["device"], []))
+    highest = jax.jit(jnp.max, out_shardings=everywhere)
+    asked: list[jax.Array] = []
+
+    def agreed() -> signal.Signals | None:
+        own = np.full(1, stop() or 0, np.int32)
+        asked.append(highest(jax.make_array_from_callback((count,), each, lambda _: own)))
+        found = int(asked.pop(0)) if len(asked) > 1 else 0
+        return signal.Signals(found) if found else None
+
+    return agreed

@@ -33,15 +33,17 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Interrupted(Exception):
-    """Ctrl-C; what there was is saved.
+    """Ctrl-C, or notice that the machine is taken away; what there was is saved.
 
     Attributes:
         step: how many updates were made.
+        signal: SIGINT or SIGTERM.
     """
 
-    def __init__(self, step: int):
-        super().__init__(f"interrupted after step {step}")
+    def __init__(self, step: int, signal: signal.Signals):
+        super().__init__(f"{signal.name} after step {step}")
         self.step = step
+        self.signal = signal
 
 
 class Batches(Protocol):
@@ -67,8 +69,13 @@ class Events(Protocol):
         """After each evaluation."""
         ...
 
-    def save(self, state: TrainState, place: dict[str, Any]) -> None:
-        """Where the state should be saved; `place` is that of the batches."""
+    def save(
+        self, step: int, state: TrainState, place: dict[str, Any], evaluation: Evaluation | None
+    ) -> None:
+        """Where the state should be saved; `place` is that of the batches.
+
+        The state is donated to the next step as soon as this returns.
+        """
         ...
 
 
@@ -91,6 +98,8 @@ def run(
     learning_rate: Callable[[int], Any],
     evaluate: Callable[[Any, Any], Evaluation],
     evaluate_at: frozenset[int],
+    save_every: int,
+    stop: Callable[[], signal.Signals | None],
     events: Events,
     where: Callable[[int], str],
     spread: Callable[[Batch], Any] = lambda batch: batch,
@@ -98,7 +107,7 @@ def run(
     """Trains until `steps` updates are made.
 
     The numbers of a step are fetched while the device works on the next, which was dispatched
-    before. After Ctrl-C the steps under way are finished and saved.
+    before. When it is to stop, the steps under way are finished and saved.
 
     Args:
         state: where to start; its buffers are donated. `state.step` says how many updates are done.
@@ -108,8 +117,11 @@ def run(
         steps: number of updates in the whole run.
         learning_rate: of each update, for the log.
         evaluate: `(adapter, params) -> Evaluation`.
-        evaluate_at: numbers of updates after which to evaluate and save. Those up to `state.step`
-            are passed over.
+        evaluate_at: numbers of updates after which to evaluate, and then save. Those up to
+            `state.step` are passed over.
+        save_every: after every so many updates it is saved, too.
+        stop: asked once after each step: the signal because of which to stop, or None. With several
+            processes it must say the same in all of them.
         events: told of each step and evaluation, and asked to save.
         where: the place of a training example by its index, for the error about a bad batch.
         spread: puts a batch where the step wants it.
@@ -119,7 +131,7 @@ def run(
 
     Raises:
         NonFiniteLoss: a loss or gradient was not finite. The last good state has been saved.
-        Interrupted: Ctrl-C. The state has been saved.
+        Interrupted: `stop` said so. The state has been saved.
         ValueError: the batches end too early.
     """
     # What came in its place comes back there.
@@ -146,7 +158,7 @@ def run(
         last = now
         events.stepped(entry)
         if not metrics.finite:
-            events.save(state, pending.place)
+            events.save(pending.step - 1, state, pending.place, None)
             raise NonFiniteLoss(_describe(entry, pending.batch, where), step=pending.step)
 
     first = int(state.step)
@@ -154,51 +166,63 @@ def run(
     finite = jnp.ones((), bool, device=state.step.sharding if state.step.committed else None)
     pending: _Pending | None = None
     place = batches.get_state()
-    with interruptible() as interrupted:
-        last = time.perf_counter()
-        for number in range(first + 1, steps + 1):
-            try:
-                batch = next(batches)
-            except StopIteration:
-                raise ValueError(
-                    f"The data ended after {number - 1} steps; expected enough for {steps}."
-                ) from None
-            state, metrics = advance(state, params, spread(batch), finite)
-            # Once a step fails, the one dispatched behind it must not change the state either.
-            finite = metrics.finite
+    last = time.perf_counter()
+    for number in range(first + 1, steps + 1):
+        try:
+            batch = next(batches)
+        except StopIteration:
+            raise ValueError(
+                f"The data ended after {number - 1} steps; expected enough for {steps}."
+            ) from None
+        state, metrics = advance(state, params, spread(batch), finite)
+        # Once a step fails, the one dispatched behind it must not change the state either.
+        finite = metrics.finite
+        finish(pending)
+        pending = _Pending(number, metrics, batch, place)
+        place = batches.get_state()
+        reason, evaluates = stop(), number in evaluate_at
+        if reason or evaluates or number == steps or number % save_every == 0:
             finish(pending)
-            pending = _Pending(number, metrics, batch, place)
-            place = batches.get_state()
-            stop = number == steps or number in evaluate_at or interrupted.is_set()
-            if stop:
-                finish(pending)
-                pending = None
-                events.save(state, place)
-            if interrupted.is_set():
-                raise Interrupted(number)
-            if number in evaluate_at:
-                events.evaluated(number, evaluate(state.adapter, params))
-                last = time.perf_counter()
+            pending = None
+            evaluation = None
+            if evaluates:
+                evaluation = evaluate(state.adapter, params)
+                events.evaluated(number, evaluation)
+            events.save(number, state, place, evaluation)
+            last = time.perf_counter()
+        if reason:
+            raise Interrupted(number, reason)
     return state
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into an event; a second one is a KeyboardInterrupt as always."""
-    event = threading.Event()
+def interruptible() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Holds back the first Ctrl-C or SIGTERM; what comes after it acts as always.
+
+    Yields:
+        A function that says which signal came, or None.
+    """
+    came: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
-        yield event  # Only the main thread may set handlers, and only it gets the signal.
+        yield lambda: None  # Only the main thread may set handlers, and only it gets signals.
         return
 
     def handle(signum: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        came.append(signal.Signals(signum))
+        restore()
 
-    before = signal.signal(signal.SIGINT, handle)
+    def restore() -> None:
+        for number, handler in before.items():
+            # None: it was not set from Python, as by JAX where several processes run.
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, handle)
     try:
-        yield event
+        yield lambda: came[0] if came else None
     finally:
-        signal.signal(signal.SIGINT, before)
+        restore()
 
 
 def _describe(entry: dict[str, Any], batch: Batch, where: Callable[[int], str]) -> str:

@@ -193,6 +193,12 @@ class FinetuneOptions:
         out: Folder for the results; by default runs/MODEL-DATA.
         resume: Go on with the run in the output folder, with its options except those given again.
         overwrite: Replace the run in the output folder.
+        save_every: Save after every so many steps, in the background. What a killed run loses is
+            at most that much.
+        keep: How many checkpoints to keep: the last ones, and the one with the lowest loss on the
+            held-out examples.
+        resume_from: With --resume: go on after this step instead of the last one saved. Later
+            checkpoints are removed, for their steps are done again.
     """
 
     model: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -208,6 +214,9 @@ class FinetuneOptions:
     out: Path | None = None
     resume: bool = False
     overwrite: bool = False
+    save_every: int = 50
+    keep: int = 2
+    resume_from: int | None = None
 
     def check(self) -> None:
         """Raises ValueError, with the option's name, where a value is out of range."""
@@ -228,6 +237,14 @@ class FinetuneOptions:
                 held_out,
             ),
             ("resume", not (self.resume and self.overwrite), "it without --overwrite", "both"),
+            ("save_every", self.save_every >= 1, "at least 1", self.save_every),
+            ("keep", self.keep >= 1, "at least 1", self.keep),
+            (
+                "resume_from",
+                self.resume_from is None or self.resume,
+                "it together with --resume",
+                self.resume_from,
+            ),
         ):
             if not holds:
                 raise ValueError(f"{name}: expected {expected}, got {got}.")

@@ -2,19 +2,21 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import lora_jax as lora
+from lora_jax.checkpoint import read_about
 from lora_jax.cli import run
 from lora_jax.interop.pretrained import load_pretrained
 from lora_jax.training import folder as folder_module
 from lora_jax.training.batching import Batch
+from lora_jax.training.folder import RunFolder
 
 
 def refused(arguments, capsys):
@@ -159,11 +161,49 @@ def test_folders_that_are_no_adapter(tmp_path, trained, capsys):
 
 def test_a_damaged_adapter(trained, tmp_path, capsys):
     copy = shutil.copytree(trained, tmp_path / "copy")
-    for file in (copy / "adapter" / "adapter").rglob("*"):
-        if file.is_file() and file.stat().st_size > 500:
-            file.write_bytes(file.read_bytes()[:100])
-    said = refused(["generate", "--adapter", copy, "--prompt", "a"], capsys)
-    assert str(copy / "adapter") in said
+    for folder in (copy / "adapter", copy / "checkpoints" / "8"):
+        for file in (folder / "adapter").rglob("*"):
+            if file.is_file() and file.stat().st_size > 500:
+                file.write_bytes(file.read_bytes()[:100])
+        given = copy if folder.name == "8" else folder
+        said = refused(["generate", "--adapter", given, "--prompt", "a"], capsys)
+        assert f"{folder}: the checkpoint cannot be read" in said
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_damaged_checkpoint_names_the_one_before_and_goes_on_from_it(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    about = copy / "checkpoints" / "8" / "about" / "metadata"
+    for damage, message in (
+        (about.unlink, f"{copy}/checkpoints/8 is not an adapter saved by lora_jax: expected"),
+        (lambda: about.write_text('{"format": 99}'), "written in format 99"),
+    ):
+        damage()
+        before = contents(copy)
+        said = refused(["finetune", "--resume", "--out", copy], capsys)
+        assert message in said
+        assert "whole is step 4. Nothing was changed. Go on from it: lora-jax finetune" in said
+        assert f"finetune --resume --out {copy} --resume-from 4" in said
+        assert contents(copy) == before
+    assert run(["finetune", "--resume", "--out", str(copy), "--resume-from", "4"]) == 0
+    one, two = (RunFolder(folder).metrics() for folder in (copy, trained))
+    assert [{**entry, "seconds": 0} for entry in one] == [{**entry, "seconds": 0} for entry in two]
+    assert read_about(copy / "adapter") == read_about(trained / "adapter")
+    said = refused(["finetune", "--out", copy, "--resume-from", 4], capsys)
+    assert "resume_from: expected it together with --resume, got 4" in said
+
+
+def test_checkpoints_of_something_else_are_kept(trained, tmp_path, capsys):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    for step in ("4", "8"):
+        shutil.rmtree(copy / "checkpoints" / step / "about")
+    before = contents(copy)
+    said = refused(["finetune", "--resume", "--out", copy], capsys)
+    assert "checkpoints: expected steps saved by lora_jax" in said
+    assert contents(copy) == before
 
 
 def test_a_merge_does_not_write_into_a_full_folder(trained, capsys):
@@ -177,26 +217,23 @@ def test_an_empty_prompt(model, capsys):
 
 
 def test_a_full_disk_keeps_the_adapter_of_the_last_save(finetune, model, tmp_path, capsys):
-    saves = []
-    save = folder_module.checkpoint.save
+    """It is full when Orbax, in the background, gives the complete checkpoint its name."""
+    rename = os.rename
 
-    def full_the_second_time(*arguments, **options):
-        saves.append(jax.device_get(arguments[1]))
-        if len(saves) == 2:
+    def full_at_the_last(source, target, **options):
+        if os.path.basename(target) == "8":
             raise OSError(errno.ENOSPC, "No space left on device")
-        save(*arguments, **options)
+        rename(source, target, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder_module.checkpoint, "save", full_the_second_time)
+        patch.setattr(os, "rename", full_at_the_last)
         said = refused(finetune, capsys)
+    folder = tmp_path / "run"
     assert "no room on the disk: step 8 was not saved" in said
+    assert f"what was saved before is whole, in {folder / 'checkpoints' / '4'}" in said
     assert "go on with --resume" in said
-    base = load_pretrained(model, scan_layers=True)
-    adapter, _ = lora.restore(tmp_path / "run" / "adapter", base.params)
-    np.testing.assert_array_equal(
-        adapter["layers/mlp/up_proj/kernel"].lora_b,
-        saves[0]["layers/mlp/up_proj/kernel"].lora_b,
-    )
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["4"]
+    assert run(["finetune", "--resume", "--out", str(folder)]) == 0
 
 
 def test_a_loss_that_is_not_finite(finetune, model, tmp_path, capsys, monkeypatch):

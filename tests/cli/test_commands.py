@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from lora_jax.training.options import FinetuneOptions
 
 RUN_FILES = {
     "adapter", "curves.png", "curves.svg", "metrics.jsonl", "results.json", "run.json",
-    "state.safetensors",
+    "checkpoints",
 }  # fmt: skip
 
 
@@ -35,6 +36,7 @@ def adapted_logits(folder, model, tokens):
 
 def test_finetune_learns_and_writes_everything(trained):
     assert {path.name for path in trained.iterdir()} == RUN_FILES
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["4", "8"]
     steps = entries(trained, "train")
     assert [entry["step"] for entry in steps] == list(range(1, 9))
     assert set(steps[0]) == {
@@ -69,6 +71,16 @@ def test_the_same_seed_gives_the_same_run_and_tells_about_it(tmp_path, options, 
     assert "lm_head" not in said
     for one, two in zip(*(entries(f, "train") for f in (trained, tmp_path / "run")), strict=True):
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def test_a_run_killed_before_its_first_save_starts_from_its_beginning(tmp_path, trained):
+    shutil.copy(trained / "run.json", tmp_path / "run.json")
+    lines = (trained / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:3]) + '\n{"kind": "tr')
+    assert run(["finetune", "--resume", "--out", str(tmp_path)]) == 0
+    for kind in ("train", "evaluation"):
+        one, two = entries(tmp_path, kind), entries(trained, kind)
+        assert [{**e, "seconds": 0} for e in one] == [{**e, "seconds": 0} for e in two]
 
 
 @pytest.mark.parametrize("form", ["completion", "text"])
@@ -143,9 +155,10 @@ def test_merge_writes_what_transformers_loads(trained, model, tmp_path, capsys):
 
 
 def test_inspect_shows_config_base_and_table(trained, model, capsys):
-    for folder in (trained, trained / "adapter"):
-        assert run(["inspect", "--adapter", str(folder)]) == 0
+    for folder, step in ((".", 8), ("adapter", 8), ("checkpoints", 8), ("checkpoints/4", 4)):
+        assert run(["inspect", "--adapter", str(trained / folder)]) == 0
         said = capsys.readouterr().out
+        assert f"Saved after step {step}\n" in said
         assert f"Base: {model}, float32, stacked layers" in said
         assert "rank: 4" in said
         assert 'exclude: ["lm_head/*"]' in said
@@ -158,7 +171,8 @@ FLAGS = {
     "finetune": (
         "model dtype unroll remat quantize data held-out rows row-length rank alpha targets "
         "exclude dropout rank-stabilized learning-rate schedule warmup weight-decay clip "
-        "accumulate paged steps epochs evaluations seed out resume overwrite"
+        "accumulate paged steps epochs evaluations seed out resume overwrite "
+        "save-every keep resume-from"
     ),
     "generate": "prompt model adapter form system max-new-tokens temperature seed dtype",
     "merge": "adapter out model",

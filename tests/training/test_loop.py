@@ -45,7 +45,8 @@ class Recorder:
     """Keeps what the loop tells, with copies of what it saves."""
 
     def __init__(self, on_step=lambda entry: None):
-        self.entries, self.evaluations, self.saved, self._on_step = [], [], [], on_step
+        self.entries, self.evaluations, self.saved, self.steps = [], [], [], []
+        self._on_step = on_step
 
     def stepped(self, entry):
         self.entries.append({k: v for k, v in entry.items() if k != "seconds"})
@@ -55,9 +56,10 @@ class Recorder:
     def evaluated(self, step, evaluation):
         self.evaluations.append((step, evaluation.loss))
 
-    def save(self, state, place):
+    def save(self, step, state, place, evaluation):
         plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
         self.saved.append((jax.device_get(plain), place))
+        self.steps.append((step, None if evaluation is None else evaluation.loss))
 
 
 def batches(examples=GOOD, place=None):
@@ -71,7 +73,14 @@ def start(tx=TX):
     return init_state({"a": jnp.zeros(9)}, tx, jax.random.key(5))
 
 
-def run(state, recorder, *, steps=12, data=None, evaluate_at=(), examples=GOOD, tx=TX):
+def never():
+    return None
+
+
+def run(
+    state, recorder, *, steps=12, data=None, evaluate_at=(), examples=GOOD, tx=TX, save_every=99,
+    stop=never,
+):  # fmt: skip
     return loop.run(
         state,
         jnp.float32(0.5),
@@ -81,6 +90,8 @@ def run(state, recorder, *, steps=12, data=None, evaluate_at=(), examples=GOOD, 
         learning_rate=RATES,
         evaluate=lambda adapter, params: Evaluation(float(adapter["a"].sum()), 0.5, 3, 3),
         evaluate_at=frozenset(evaluate_at),
+        save_every=save_every,
+        stop=stop,
         events=recorder,
         where=lambda index: examples[index].where,
     )
@@ -130,8 +141,22 @@ def test_it_evaluates_and_saves_at_the_given_steps():
     run(start(), recorder, evaluate_at=(4, 9))
     assert [int(state.step) for state, _ in recorder.saved] == [4, 9, 12]
     assert [step for step, _ in recorder.evaluations] == [4, 9]
-    for (_, loss), (state, _) in zip(recorder.evaluations, recorder.saved, strict=False):
+    losses = [loss for _, loss in recorder.evaluations]
+    assert recorder.steps == [(4, losses[0]), (9, losses[1]), (12, None)]
+    for loss, (state, _) in zip(losses, recorder.saved, strict=False):
         assert loss == pytest.approx(state.adapter["a"].sum(), rel=1e-6)
+
+
+def test_it_saves_every_so_many_steps_counted_from_the_start_of_the_run():
+    whole, part = Recorder(), Recorder()
+    run(start(), whole, save_every=5, evaluate_at=(7,))
+    assert [step for step, _ in whole.steps] == [5, 7, 10, 12]
+    plain, place = whole.saved[1]
+    run(revived(plain), part, data=batches(place=place), save_every=5)
+    assert [step for step, _ in part.steps] == [10, 12]
+    for (one, there), (two, here) in zip(part.saved, whole.saved[2:], strict=True):
+        assert_same(one, two)
+        assert there == here
 
 
 def test_going_on_from_a_save_is_the_run_that_was_not_interrupted():
@@ -168,30 +193,51 @@ def test_a_loss_that_is_not_finite_stops_it_and_keeps_the_last_good_state(tx):
     assert [entry["step"] for entry in recorder.entries] == list(range(1, step + 1))
 
 
-def test_ctrl_c_finishes_the_step_and_saves():
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_and_saves(signum):
     def interrupt(entry):
         if entry["step"] == 3:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signum)
 
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     recorder, rest, whole = Recorder(interrupt), Recorder(), Recorder()
-    with pytest.raises(loop.Interrupted) as caught:
-        run(start(), recorder)
-    assert signal.getsignal(signal.SIGINT) is before
+    with loop.interruptible() as stop, pytest.raises(loop.Interrupted) as caught:
+        run(start(), recorder, stop=stop)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     plain, place = recorder.saved[-1]
     assert caught.value.step == int(plain.step) == len(recorder.entries)
+    assert caught.value.signal == signum
     assert 3 <= caught.value.step <= 5
     run(revived(plain), rest, data=batches(place=place))
     run(start(), whole)
     assert recorder.entries + rest.entries == whole.entries
 
 
-def test_the_second_ctrl_c_is_not_held_back():
-    with loop.interruptible() as event:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert event.wait(1)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+def test_it_asks_once_a_step_whether_to_stop():
+    """So that several processes can agree in what is asked."""
+    asked = iter([None] * 5 + [signal.SIGTERM])
+    recorder = Recorder()
+    with pytest.raises(loop.Interrupted):
+        run(start(), recorder, stop=lambda: next(asked), evaluate_at=(2,), save_every=3)
+    assert [step for step, _ in recorder.steps] == [2, 3, 6]
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_is_not_held_back(first):
+    terminated = []
+    before = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+    try:
+        with loop.interruptible() as stop:
+            assert stop() is None
+            signal.raise_signal(first)
+            assert stop() == first
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            assert terminated
+            assert stop() == first
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_data_that_ends_too_early_is_an_error():
@@ -204,6 +250,7 @@ def test_the_base_is_not_donated():
     params = jnp.float32(0.5)
     loop.run(
         start(), params, step=make_step(loss_fn, TX), batches=batches(), steps=2,
-        learning_rate=RATES, evaluate=None, evaluate_at=frozenset(), events=Recorder(), where=str,
+        learning_rate=RATES, evaluate=None, evaluate_at=frozenset(), save_every=9, stop=never,
+        events=Recorder(), where=str,
     )  # fmt: skip
     assert not params.is_deleted()
