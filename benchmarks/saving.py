@@ -2,10 +2,10 @@
 
 Timed, on a CPU: SmolLM2-135M (fetched from PyPI once, 90 MB), an adapter of rank 8 on all linear
 layers and its AdamW state, the training step of this library. A round is some steps, a save in the
-background, the steps during which its files are written, and a save that is waited for. `blocked` is
-how long the call of `save` takes with the step before it finished, which is what a device would
-stand idle; both kinds of save are divided by the median of the round's own steps, so that a machine
-that slows down slows both. Run with `python benchmarks/saving.py`; it takes a few minutes.
+background, the step during which its files are written, and a save that is waited for. `blocked` is
+how long the call of `save` takes with the step before it finished: how long a device stands idle.
+Both kinds of save are divided by the median of the round's own steps, so that a machine that slows
+down slows both. Run with `python benchmarks/saving.py`; it takes a few minutes.
 """
 
 from __future__ import annotations
