@@ -11,8 +11,11 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lora_jax.models.config import DecoderConfig
 
+AXES = ("data", "fsdp", "tensor")
+"""Mesh axes over which anything of the decoder is split."""
+
 ROWS = ("data", "fsdp")
-"""Mesh axes over which the rows of a batch are split."""
+"""Those over which the rows of a batch are."""
 
 _KERNELS = {
     # Into heads and hidden units, which `tensor` splits, and out of them again.

@@ -10,8 +10,8 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.models.partition import ROWS
-from lora_jax.sharding import AXES, adapter_shardings, optimizer_shardings, place
+from lora_jax.models.partition import AXES, ROWS
+from lora_jax.sharding import adapter_shardings, optimizer_shardings, place
 from lora_jax.training.step import TrainState, init_state
 
 
@@ -19,7 +19,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Names and sizes of the mesh's axes.
 
     Args:
-        text: Such as `data=2,fsdp=4`; names are those of `lora_jax.sharding.AXES`.
+        text: Such as `data=2,fsdp=4`; names are those of `models.partition.AXES`.
 
     Returns:
         Name -> size, in the order given.

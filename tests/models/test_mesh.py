@@ -193,8 +193,9 @@ def test_everything_lies_where_it_should():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data=2,fspd=4", r"expected axes of data, fsdp, tensor, expert.*got 'fspd=4'"),
+        ("data=2,fspd=4", r"expected axes of data, fsdp, tensor, each.*got 'fspd=4'"),
         ("data=2,data=4", r"each once.*got 'data=4'"),
+        ("data=2,expert=4", r"got 'expert=4'"),  # Which nothing would be split over.
         ("data=0", r"size of at least 1.*got 'data=0'"),
         ("data", r"got 'data'"),
         ("", r"got ''"),
