@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,29 +18,17 @@ from rich.markup import escape
 from lora_jax import checkpoint
 from lora_jax.commands.display import printable, progress_bar, summary_table
 from lora_jax.commands.errors import reading_input
-from lora_jax.config import LoraConfig
-from lora_jax.initialization import init
-from lora_jax.interop.pretrained import Pretrained, load_pretrained
-from lora_jax.models import decoder
-from lora_jax.models.generation import generate_batch
-from lora_jax.quantization.formats import Format
+from lora_jax.commands.run import Run, describe, load, make_batches, make_task, run_mesh
 from lora_jax.summaries import summary
 from lora_jax.training import hosts, loop, plots
-from lora_jax.training.batching import training_batches
-from lora_jax.training.evaluation import Evaluation, make_evaluate
+from lora_jax.training.evaluation import Evaluation
 from lora_jax.training.folder import CURVES, METRICS, RESULTS, FolderError, RunFolder
-from lora_jax.training.mesh import check_rows, make_mesh, parse_mesh, spread, start_on_mesh
+from lora_jax.training.mesh import spread
 from lora_jax.training.objective import next_token_loss
 from lora_jax.training.options import FinetuneOptions
 from lora_jax.training.saves import Saves
-from lora_jax.training.step import TrainState, init_state, make_step
-from lora_jax.training.tasks import Sample, Task, file_task, tweets_task
-from lora_jax.transform.lift import lift
-from lora_jax.tree import Update, combine, is_virtual
-
-# What takes about 5 minutes in all on two cores.
-TWEETS_STEPS = 240
-ANSWER_TOKENS = 24
+from lora_jax.training.step import TrainState, make_step
+from lora_jax.training.tasks import Sample
 
 
 def finetune(options: FinetuneOptions, console: Console) -> None:
@@ -60,7 +46,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
         devices = options.devices
         hosts.join(devices.coordinator, devices.num_hosts, devices.host_id)
         console.quiet = not hosts.is_first()
-        mesh = _mesh(options)
+        mesh = run_mesh(options)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         _finetune(options, mesh, console, started)
 
@@ -74,11 +60,11 @@ def _finetune(
             folder.about()
         else:
             folder.check_new(overwrite=options.overwrite)
-        model = _load(options, mesh, console)
-        task = _task(options, model, console)
-        run = _Run.prepare(options, mesh, model, task, folder)
+        model = load(options, mesh, console)
+        task = make_task(options, model, console)
+        run = Run.prepare(options, mesh, model, task, folder)
     console.print(summary_table(summary(model.params, run.state.adapter)))
-    about = _about(options, model, task, run.steps)
+    about = describe(options, model, task, run.steps)
     hosts.wait_for_all("all have checked the folder")
     if not options.resume:
         folder.begin(about)
@@ -106,155 +92,7 @@ def _finetune(
     _report(run, state, console, seconds=time.perf_counter() - started)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Run:
-    """Everything that one run needs, before its first step."""
-
-    options: FinetuneOptions
-    mesh: Mesh | None
-    model: Pretrained
-    task: Task
-    folder: RunFolder
-    config: LoraConfig
-    start: dict[str, Update]
-    state: TrainState
-    steps: int
-    apply: Callable[..., Any]
-    evaluate: Callable[[Any, Any], Evaluation]
-
-    @classmethod
-    def prepare(
-        cls,
-        options: FinetuneOptions,
-        mesh: Mesh | None,
-        model: Pretrained,
-        task: Task,
-        folder: RunFolder,
-    ) -> _Run:
-        """Makes the adapter and the optimizer's state; compiles nothing."""
-        config = options.lora.config(tied_head=model.config.tied_head)
-        base = functools.partial(decoder.apply, model.config)
-        apply = lift(base)
-        steps = _steps(options, task)
-        start, dropout = jax.random.split(jax.random.key(options.seed))
-        tx = options.optimizer.optimizer(steps)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.params)
-        make_adapter = functools.partial(
-            init, start, config, base, shapes, np.zeros((1, 2), np.int32)
-        )
-        if mesh is None:
-            adapter = make_adapter()
-            state = init_state(adapter, tx, dropout)
-        else:
-            adapter, state = start_on_mesh(make_adapter, model.params, tx, dropout, mesh)
-        evaluate = make_evaluate(
-            apply,
-            task.held_out,
-            row_length=options.data.row_length,
-            rows=options.data.rows,
-            choices=task.choices,
-            mesh=mesh,
-        )
-        return cls(
-            options, mesh, model, task, folder, config, adapter, state, steps, apply, evaluate
-        )
-
-    def answers(self, adapter: Any) -> list[str]:
-        """What the model says to the samples."""
-        longest = max(len(sample.prompt) for sample in self.task.samples)
-        ids = generate_batch(
-            self.apply,
-            combine(self.model.params, adapter),
-            [sample.prompt for sample in self.task.samples],
-            config=self.model.config,
-            max_new_tokens=min(ANSWER_TOKENS, self.model.config.max_length - longest),
-            eos_ids=self.model.tokenizer.eos_ids,
-        )
-        return [self.model.tokenizer.decode(answer).strip() for answer in ids]
-
-
-def _mesh(options: FinetuneOptions) -> Mesh | None:
-    if options.devices.mesh is None:
-        if jax.process_count() > 1:
-            raise ValueError(
-                f"mesh: expected axes for the {jax.device_count()} devices of "
-                f"{jax.process_count()} hosts, such as data={jax.device_count()}, got none."
-            )
-        return None
-    mesh = make_mesh(parse_mesh(options.devices.mesh))
-    check_rows(options.data.rows, mesh)
-    return mesh
-
-
-def _load(options: FinetuneOptions, mesh: Mesh | None, console: Console) -> Pretrained:
-    console.print(f"Model: {escape(options.model.model)}")
-    model = load_pretrained(
-        options.model.model,
-        dtype=options.model.dtype,
-        scan_layers=not options.model.unroll,
-        remat=options.model.remat,
-        quantize=None if options.model.quantize is None else Format(options.model.quantize),
-        compute_dtype=options.model.dtype,
-        mesh=mesh,
-    )
-    count = sum(leaf.size for leaf in jax.tree.leaves(model.params, is_leaf=is_virtual))
-    config = model.config
-    console.print(
-        f"  {count:,} parameters in {config.num_layers} layers of {config.hidden_size}, "
-        f"{config.vocab_size:,} tokens in the vocabulary, {config.dtype}"
-    )
-    if options.data.row_length > config.max_length:
-        raise ValueError(
-            f"row_length: expected at most the model's {config.max_length}, got "
-            f"{options.data.row_length}."
-        )
-    return model
-
-
-def _task(options: FinetuneOptions, model: Pretrained, console: Console) -> Task:
-    data = options.data
-    common = {"held_out": data.held_out, "seed": options.seed, "row_length": data.row_length}
-    if data.data is None:
-        steps = TWEETS_STEPS if options.steps is None else options.steps
-        tokens = steps * data.rows * options.optimizer.accumulate * data.row_length
-        task = tweets_task(model.tokenizer, tokens_wanted=tokens, **common)
-    else:
-        task = file_task(data.data, model.tokenizer, **common)
-    console.print("Data: " + escape("\n  ".join(task.notes)))
-    return task
-
-
-def _steps(options: FinetuneOptions, task: Task) -> int:
-    if options.steps is not None:
-        return options.steps
-    if options.data.data is None:
-        return TWEETS_STEPS
-    return sum(1 for _ in _batches(options, task, epochs=options.epochs))
-
-
-def _batches(options: FinetuneOptions, task: Task, epochs: int | None = None) -> Any:
-    return training_batches(
-        task.train,
-        row_length=options.data.row_length,
-        rows=options.data.rows * options.optimizer.accumulate,
-        seed=options.seed,
-        epochs=epochs,
-    )
-
-
-def _about(options: FinetuneOptions, model: Pretrained, task: Task, steps: int) -> dict[str, Any]:
-    """What `run.json` says: enough to go on, and to prompt the model as it was trained."""
-    again = dataclasses.replace(options, resume=False, resume_from=None, overwrite=False)
-    return {
-        "options": again.to_dict(),
-        "model": model.name if not Path(model.name).exists() else str(Path(model.name).absolute()),
-        "steps": steps,
-        "prompt": dataclasses.asdict(task.form),
-        "data": list(task.notes),
-    }
-
-
-def _restore(saves: Saves, run: _Run) -> tuple[TrainState, dict[str, Any] | None]:
+def _restore(saves: Saves, run: Run) -> tuple[TrainState, dict[str, Any] | None]:
     """Where the run goes on: its last checkpoint, or its start if it has none yet."""
     folder, at = run.folder, run.options.resume_from
     state, place = run.state, None
@@ -293,7 +131,7 @@ def _restore(saves: Saves, run: _Run) -> tuple[TrainState, dict[str, Any] | None
 class _Events:
     """Writes what happens to the run's folder, and shows it."""
 
-    def __init__(self, run: _Run, saves: Saves, console: Console, progress: Any, bar: Any):
+    def __init__(self, run: Run, saves: Saves, console: Console, progress: Any, bar: Any):
         self._run, self._saves, self._console = run, saves, console
         self._progress, self._bar, self._speed = progress, bar, 0.0
         self._digest = run.task.digest()
@@ -320,7 +158,7 @@ class _Events:
 
 
 def _train(
-    run: _Run,
+    run: Run,
     state: TrainState,
     place: dict[str, Any] | None,
     saves: Saves,
@@ -328,7 +166,7 @@ def _train(
     console: Console,
 ) -> TrainState:
     options, optimizer = run.options, run.options.optimizer
-    batches = _batches(options, run.task)
+    batches = make_batches(options, run.task)
     if place is not None:
         batches.set_state(place)
     done = int(state.step)
@@ -364,7 +202,7 @@ def _train(
         )
 
 
-def _report(run: _Run, state: TrainState, console: Console, *, seconds: float) -> None:
+def _report(run: Run, state: TrainState, console: Console, *, seconds: float) -> None:
     """Shows and writes accuracy, loss and answers before and after."""
     # All hosts compute the answers, one writes them. The start is the base: B is zero.
     said = [run.answers(adapter) for adapter in (run.start, state.adapter)]

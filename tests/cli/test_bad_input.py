@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite(finetune, model, tmp_path, capsys, monkeypatc
     """Step 3 is poisoned through its batch's weights, as bad data would."""
     from lora_jax.commands import finetune as command
 
-    batches = command._batches
+    batches = command.make_batches
 
     def poisoned(*arguments, **options):
         inner = batches(*arguments, **options)
@@ -259,7 +259,7 @@ def test_a_loss_that_is_not_finite(finetune, model, tmp_path, capsys, monkeypatc
 
         return Poisoned()
 
-    monkeypatch.setattr(command, "_batches", poisoned)
+    monkeypatch.setattr(command, "make_batches", poisoned)
     said = refused(finetune, capsys)
     assert "step 3: the loss is nan" in said
     assert "letters.jsonl:" in said
@@ -269,7 +269,7 @@ def test_a_loss_that_is_not_finite(finetune, model, tmp_path, capsys, monkeypatc
     leaf = adapter["layers/mlp/up_proj/kernel"].lora_b
     assert np.isfinite(leaf).all()
     assert np.abs(leaf).max() > 0
-    monkeypatch.setattr(command, "_batches", batches)
+    monkeypatch.setattr(command, "make_batches", batches)
     assert run(["finetune", "--resume", "--out", str(tmp_path / "run")]) == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in lines]
