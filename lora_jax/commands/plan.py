@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from lora_jax.commands.errors import reading_input
+from lora_jax.commands.errors import InputError, reading_input
 from lora_jax.interop.pretrained import load_config
 from lora_jax.models.known import DECODERS, SHAPES, known
 from lora_jax.planning.advice import advice
@@ -95,7 +95,11 @@ def _arguments(options: PlanOptions) -> dict[str, Any]:
     if options.model in {**DECODERS, **SHAPES} and not Path(options.model).exists():
         model = known(options.model)
     else:
-        model = load_config(options.model)
+        try:
+            model = load_config(options.model)
+        except FileNotFoundError as error:
+            names = ", ".join({**DECODERS, **SHAPES})
+            raise InputError(f"{error} Known by name are {names}.") from error
     rank = options.rank
     if rank is None:
         rank = QLORA_RANK if options.method == "qlora" else LoraOptions().rank

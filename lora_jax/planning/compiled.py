@@ -21,7 +21,7 @@ from lora_jax.planning.program import Traffic, read_program
 from lora_jax.planning.state import State
 from lora_jax.training.batching import Batch
 from lora_jax.training.objective import next_token_loss
-from lora_jax.training.step import TrainState, make_step
+from lora_jax.training.step import LossFn, TrainState, make_step
 from lora_jax.transform.lift import lift
 
 # Before it has placed the arrays and after, in these words: "the total memory required for HLO
@@ -83,7 +83,7 @@ def compile_step(
             return _too_large(error, mesh)
         (written,) = Path(folder).glob("*.after_optimizations.txt")
         work = read_program(written.read_text())
-    memory = compiled.memory_analysis()
+    memory: Any = compiled.memory_analysis()
     counted: Any = compiled.cost_analysis()
     return Compiled(
         fits=True,
@@ -102,15 +102,11 @@ def training_step(
 ) -> tuple[Any, tuple[TrainState, Any, Batch]]:
     """The step of `make_step`, and its abstract arguments."""
     apply = functools.partial(decoder.apply, model)
-    if state.params:
-        loss_fn = next_token_loss(lift(apply))
-    else:
-        loss = next_token_loss(apply)
+    loss_fn = next_token_loss(lift(apply) if state.params else apply)
+    if not state.params:  # All of them are trained: nothing is put onto a base.
+        loss_fn = _of_all(loss_fn)
 
-        def loss_fn(trained: Any, params: Any, batch: Batch, key: jax.Array):
-            return loss({}, trained, batch, key)
-
-    def array(shape: tuple[int, ...], dtype: Any, *axes: Any) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any, *axes: Any) -> Any:
         return jax.ShapeDtypeStruct(
             shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
         )
@@ -118,7 +114,7 @@ def training_step(
     rows = tuple(name for name in ROWS if name in mesh.axis_names)
     integers = array((batch_size, seq_len), jnp.int32, rows)
     weights = array((batch_size, seq_len), jnp.float32, rows)
-    batch: Any = Batch(
+    batch = Batch(
         tokens=integers, positions=integers, segment_ids=integers, select=integers,
         select_targets=integers, select_weights=weights, select_examples=integers,
     )  # fmt: skip
@@ -127,6 +123,10 @@ def training_step(
         state.trained, state.opt_state, array((), jnp.int32), array((), key.dtype)
     )
     return make_step(loss_fn, state.tx, max_grad_norm=1.0), (train_state, state.params, batch)
+
+
+def _of_all(loss_fn: LossFn) -> LossFn:
+    return lambda trained, _, batch, key: loss_fn({}, trained, batch, key)
 
 
 def _too_large(error: Exception, mesh: Mesh) -> Compiled:

@@ -9,19 +9,19 @@ vocabulary of V, arithmetic in w bytes, and N, F and V split over `tensor`:
     saved  = L b T D w                    what enters each layer, for its recomputation
     logits = 4 b T V                      in float32
 
-There are two candidates for the worst moment. At the loss: the logits and their gradient; or the
-logits and the head's weight, if that is gathered over `fsdp`; or, where the head is trained, the
-gradient of its weight in float32 and cast, before it is split again:
+There are two candidates for the worst moment. At the loss: the logits, over which their gradient is
+written where room is short (where it is not, XLA keeps both), and the head's weight, if that is
+gathered over `fsdp`; or, where the head is trained, the gradient of its weight in float32 and cast,
+before it is split again:
 
-    head   = saved + max(2 logits, logits + V D w, (4 + w) V D)
+    head   = saved + max(logits + V D w, (4 + w) V D)
 
-In the backward pass, inside of a layer: its kernels, as they are cut out of their stack or formed
-from 4 bits, and twice where they are gathered over `fsdp`, since those to come are on their way
-while the present ones are multiplied with; and the larger of two things. In attention those are the
-scores of b N T T elements, as float32 and in w bytes, for the values and for the gradient; in the
-MLP the gate, the up projection, their product, and a gradient of each:
+In the backward pass, inside of a layer: its kernels, as they are gathered, cut out of their stack,
+or formed from 4 bits; some arrays of the residual stream's size; and the larger of two things. In
+attention those are the weights of b N T T pairs of tokens, and the gradient of their scores, both
+in float32; in the MLP the gate, the up projection, their product, and a gradient of each:
 
-    layer  = saved + kernels + max((4 + w) b N T T, 6 b T F w) + 8 b T D w
+    layer  = saved + kernels + 8 b T D w + max(8 b N T T, 6 b T F w)
 
 Activations are the larger one. The gradients of all layers come on top: XLA makes room for a whole
 stack of them before the backward pass begins. Not counted: the batch's integers, and adapters cast
@@ -109,16 +109,13 @@ def _activations(
     saved = model.num_layers * stream
     logits = 4 * tokens * model.vocab_size // tensor
     weight = model.vocab_size * model.hidden_size // tensor
-    gathered = mesh.get("fsdp", 1) > 1
-    at_head = 2 * logits
-    if gathered:
-        at_head = max(at_head, logits + width * weight)
+    at_head = logits + (width * weight if mesh.get("fsdp", 1) > 1 else 0)
     if full:
         at_head = max(at_head, (4 + width) * weight)
 
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     kernels = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
-    scores = tokens * seq_len * model.num_heads * (4 + width)
+    scores = 8 * tokens * seq_len * model.num_heads
     mlp = 6 * tokens * model.intermediate_size * width
-    in_layer = 8 * stream + ((1 + gathered) * kernels * width + max(scores, mlp)) // tensor
+    in_layer = 8 * stream + (kernels * width + max(scores, mlp)) // tensor
     return saved + max(in_layer, at_head)

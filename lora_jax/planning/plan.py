@@ -177,9 +177,8 @@ def plan(
         model = dataclasses.replace(model, dtype=dtype, scan_layers=True, remat=True)
     _check(model, method, sizes, batch_size, seq_len)
     config = config or default_config(model, rank=8)
-    arguments: Any = (model, config, method)
     abstract = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    state = make_state(*arguments, abstract, dtype=dtype)
+    state = make_state(model, config, method, abstract, dtype=dtype)
     whole = state.params or state.trained
     trainable = parameter_count(state.trained)
     made = Plan(
@@ -211,9 +210,12 @@ def plan(
     from lora_jax.planning.compiled import compile_step
 
     compiled = compile_step(
-        model, make_state(*arguments, tpus, dtype=dtype), tpus,
-        batch_size=batch_size, seq_len=seq_len,
-    )  # fmt: skip
+        model,
+        make_state(model, config, method, tpus, dtype=dtype),
+        tpus,
+        batch_size=batch_size,
+        seq_len=seq_len,
+    )
     return dataclasses.replace(made, topology=str(chips), compiled=compiled)
 
 

@@ -132,25 +132,51 @@ def _called(instruction: _Instruction) -> Iterator[str]:
 
 def _turns(loop: _Instruction, computations: dict[str, list[_Instruction]]) -> int:
     """How often the body of a loop that counts up from 0 is executed."""
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.rest):
-        return int(known[1])
-    condition = (loop.attribute("condition") or "").lstrip("%")
+    condition = computations.get((loop.attribute("condition") or "").lstrip("%"), [])
+    body = computations.get((loop.attribute("body") or "").lstrip("%"), [])
     limits = [
         int(each.rest.split(")")[0])
-        for each in computations.get(condition, ())
-        if each.operation == "constant" and re.match(r"[su]\d+\[\]", each.shape)
+        for each in condition
+        if each.operation == "constant" and _is_integer(each)
     ]
-    if len(limits) != 1:
+    counters = [
+        int(each.attribute("index") or 0)
+        for each in condition
+        if each.operation == "get-tuple-element" and _is_integer(each)
+    ]
+    if len(limits) != 1 or len(counters) != 1 or not body:
         raise ValueError(
-            f"{loop.name}: expected a loop up to one constant, got {len(limits)} constants in its "
-            f"condition {condition}: how often it turns cannot be read."
+            f"{loop.name}: expected a loop of one counter up to one constant, got {len(counters)} "
+            f"and {len(limits)} in its condition: how often it turns cannot be read."
         )
-    return limits[0]
+    # XLA unrolls the loops that it makes of products and their collectives.
+    by_name = {each.name: each for each in body}
+    advance = by_name.get(_operands(body[-1])[counters[0]])
+    step = 1
+    if advance is not None and advance.operation == "add":
+        added = (by_name.get(name) for name in _operands(advance))
+        step = (
+            sum(
+                int(each.rest.split(")")[0])
+                for each in added
+                if each is not None and each.operation == "constant"
+            )
+            or 1
+        )
+    return -(-limits[0] // step)
+
+
+def _is_integer(instruction: _Instruction) -> bool:
+    return re.match(r"[su]\d+\[\]", instruction.shape) is not None
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return re.findall(r"%([\w.-]+)", instruction.rest.split(")")[0])
 
 
 def _product_flops(product: _Instruction, shapes: dict[str, str]) -> int:
     """2 b m k n, from the sizes b m k, b k n and b m n of operands and result."""
-    operands = re.findall(r"%([\w.-]+)", product.rest.split(")")[0])[:2]
+    operands = _operands(product)[:2]
     sizes = [sum(_sizes(shapes[name])) for name in operands] + [sum(_sizes(product.shape))]
     if product.operation == "dot":
         batch = [

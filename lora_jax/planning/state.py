@@ -105,6 +105,7 @@ def device_bytes(tree: Any) -> int:
     """Bytes that placed arrays take on each device, which holds a part of the same size of each.
 
     Example:
+      >>> from jax.sharding import NamedSharding
       >>> mesh = AbstractMesh((4,), ("fsdp",))
       >>> split = NamedSharding(mesh, PartitionSpec("fsdp"))
       >>> device_bytes(jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=split))
@@ -162,10 +163,10 @@ def _gpt(
     axes, adapter = Axes(batch=(0,), inputs=(1,), outputs=(2,)), {}
     for path in chosen:
         settings = config.settings(path)
-        a, b = (
+        factors: Any = (
             jax.ShapeDtypeStruct(shape, jnp.dtype(settings.dtype or "float32"))
             for shape in factor_shapes(kernels[path].shape, axes, settings.rank)
         )
         if path not in excluded:
-            adapter[path] = Lora(a, b, axes, settings.scale)
+            adapter[path] = Lora(*factors, axes, settings.scale)
     return params, adapter

@@ -8,8 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.planning.program import Traffic, read_program
 
-# Two all-gathers in each of 5 turns, one of them spread over two fusions; an all-reduce outside;
-# a batch of 3 products as a TPU writes it, [4, 8] x [8, 16].
+# Two all-gathers in each of 5 turns (up to 9 in steps of 2), one of them spread over two fusions; an
+# all-reduce outside; a batch of 3 products as a TPU writes it, [4, 8] x [8, 16].
 PROGRAM = """
 HloModule step
 
@@ -32,11 +32,14 @@ HloModule step
   %left = f32[3,4,8]{2,1,0} constant({...})
   %right = f32[3,8,16]{2,1,0} constant({...})
   %product = f32[3,4,16]{2,1,0} convolution(%left, %right), window={size=3 stride=2 lhs_dilate=3}, dim_labels=0bf_0io->0bf
-  ROOT %next = (u32[], bf16[4,8]{1,0}) tuple(%state)
+  %turn.1 = u32[] get-tuple-element(%state), index=0
+  %two = u32[] constant(2)
+  %advanced = u32[] add(%turn.1, %two)
+  ROOT %next = (u32[], bf16[4,8]{1,0}) tuple(%advanced, %part)
 }
 
 %condition (state.1: (u32[], bf16[4,8])) -> pred[] {
-  %limit = u32[]{:T(128)} constant(5)
+  %limit = u32[]{:T(128)} constant(9)
   %state.1 = (u32[]{:T(128)}, bf16[4,8]{1,0}) parameter(0)
   %turn = u32[]{:T(128)} get-tuple-element(%state.1), index=0
   ROOT %less = pred[]{:T(512)} compare(%turn, %limit), direction=LT
@@ -65,8 +68,10 @@ def test_loops_count_by_their_turns_and_spread_collectives_once():
 
 
 def test_a_loop_without_an_end_that_can_be_read():
-    endless = PROGRAM.replace("constant(5)", "parameter(1)")
-    with pytest.raises(ValueError, match="loop: expected a loop up to one constant, got 0"):
+    endless = PROGRAM.replace("constant(9)", "parameter(1)")
+    with pytest.raises(
+        ValueError, match="loop: expected a loop of one counter up to one constant, got 1 and 0"
+    ):
         read_program(endless)
 
 
