@@ -80,7 +80,7 @@ def compile_step(
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            return _too_large(error, mesh)
+            return from_error(error, mesh)
         (written,) = Path(folder).glob("*.after_optimizations.txt")
         work = read_program(written.read_text())
     memory: Any = compiled.memory_analysis()
@@ -129,8 +129,12 @@ def _of_all(loss_fn: LossFn) -> LossFn:
     return lambda trained, _, batch, key: loss_fn({}, trained, batch, key)
 
 
-def _too_large(error: Exception, mesh: Mesh) -> Compiled:
-    """What an error says of memory, if that is what it is about."""
+def from_error(error: Exception, mesh: Mesh) -> Compiled:
+    """The answer that is in an error of the compiler: that it does not fit, and by how much.
+
+    Raises:
+      CompilerError: it is about something else.
+    """
     text = str(error)
     found = _TOO_LARGE.search(text)
     if not text.startswith("RESOURCE_EXHAUSTED") or found is None:

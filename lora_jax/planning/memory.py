@@ -6,26 +6,27 @@ what is trained. What else is alive at the worst moment is estimated. With b row
 each device, a residual stream of width D, L layers, heads N of width H, an MLP of width F, a
 vocabulary of V, arithmetic in w bytes, and N, F and V split over `tensor`:
 
-    saved  = L b T D w                    what enters each layer, for its recomputation
-    logits = 4 b T V                      in float32
+    saved  = L b T D w      what enters each layer, for its recomputation
+    stream = 8 b T D w      norms, residuals and gradients of that size, some of them in float32
+    logits = 4 b T V        in float32
 
 There are two candidates for the worst moment. At the loss: the logits, over which their gradient is
 written where room is short (where it is not, XLA keeps both), and the head's weight, if that is
 gathered over `fsdp`; or, where the head is trained, the gradient of its weight in float32 and cast,
 before it is split again:
 
-    head   = saved + max(logits + V D w, (4 + w) V D)
+    head   = max(logits + V D w, (4 + w) V D)
 
 In the backward pass, inside of a layer: its kernels, as they are gathered, cut out of their stack,
-or formed from 4 bits; some arrays of the residual stream's size; and the larger of two things. In
-attention those are the weights of b N T T pairs of tokens, and the gradient of their scores, both
-in float32; in the MLP the gate, the up projection, their product, and a gradient of each:
+or formed from 4 bits; and the larger of two things. In attention those are the weights of b N T T
+pairs of tokens, and the gradient of their scores, both in float32; in the MLP the gate, the up
+projection, their product, and a gradient of each:
 
-    layer  = saved + kernels + 8 b T D w + max(8 b N T T, 6 b T F w)
+    layer  = kernels + max(8 b N T T, 6 b T F w)
 
-Activations are the larger one. The gradients of all layers come on top: XLA makes room for a whole
-stack of them before the backward pass begins. Not counted: the batch's integers, and adapters cast
-to w bytes.
+Activations are `saved + stream + max(head, layer)`. The gradients of all layers come on top: XLA
+makes room for a whole stack of them before the backward pass begins. Not counted: the batch's
+integers, and adapters cast to w bytes.
 """
 
 from __future__ import annotations
@@ -105,17 +106,17 @@ def _activations(
 ) -> int:
     tensor, width = mesh.get("tensor", 1), np.dtype(model.dtype).itemsize
     tokens = batch_size * seq_len // math.prod(mesh.get(name, 1) for name in ROWS)
-    stream = tokens * model.hidden_size * width
-    saved = model.num_layers * stream
+    residual = tokens * model.hidden_size * width
+    saved, stream = model.num_layers * residual, 8 * residual
     logits = 4 * tokens * model.vocab_size // tensor
     weight = model.vocab_size * model.hidden_size // tensor
-    at_head = logits + (width * weight if mesh.get("fsdp", 1) > 1 else 0)
+    head = logits + (width * weight if mesh.get("fsdp", 1) > 1 else 0)
     if full:
-        at_head = max(at_head, (4 + width) * weight)
+        head = max(head, (4 + width) * weight)
 
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     kernels = model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
     scores = 8 * tokens * seq_len * model.num_heads
     mlp = 6 * tokens * model.intermediate_size * width
-    in_layer = 8 * stream + (kernels * width + max(scores, mlp)) // tensor
-    return saved + max(in_layer, at_head)
+    layer = (kernels * width + max(scores, mlp)) // tensor
+    return saved + stream + max(head, layer)

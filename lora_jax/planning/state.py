@@ -163,10 +163,10 @@ def _gpt(
     axes, adapter = Axes(batch=(0,), inputs=(1,), outputs=(2,)), {}
     for path in chosen:
         settings = config.settings(path)
-        factors: Any = (
+        factors: Any = [
             jax.ShapeDtypeStruct(shape, jnp.dtype(settings.dtype or "float32"))
             for shape in factor_shapes(kernels[path].shape, axes, settings.rank)
-        )
+        ]
         if path not in excluded:
-            adapter[path] = Lora(*factors, axes, settings.scale)
+            adapter[path] = Lora(factors[0], factors[1], axes, settings.scale)
     return params, adapter

@@ -8,8 +8,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from lora_jax.planning.program import Traffic, read_program
 
-# Two all-gathers in each of 5 turns (up to 9 in steps of 2), one of them spread over two fusions; an
-# all-reduce outside; a batch of 3 products as a TPU writes it, [4, 8] x [8, 16].
+# Two all-gathers in each of 5 turns (up to 9, in steps of 2), one of them spread over two fusions;
+# an all-reduce outside; a batch of 3 products as a TPU writes it, [4, 8] x [8, 16].
 PROGRAM = """
 HloModule step
 
