@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -65,6 +66,8 @@ def plan(options: PlanOptions, console: Console) -> None:
         InputError, CompilerError: the options or the model's config cannot be used, or the
             compiler is not there.
     """
+    # No device is needed: none is looked for, and a TPU that is here is left to others.
+    jax.config.update("jax_platforms", "cpu")
     with reading_input():
         arguments = _arguments(options)
         made = make_plan(**arguments)
