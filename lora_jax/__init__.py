@@ -11,6 +11,8 @@ from lora_jax.merging import switch as switch
 from lora_jax.merging import unmerge as unmerge
 from lora_jax.offloading import offload as offload
 from lora_jax.optim import adapter_only as adapter_only
+from lora_jax.planning.plan import Plan as Plan
+from lora_jax.planning.plan import plan as plan
 from lora_jax.quantization.quantize import dequantize as dequantize
 from lora_jax.quantization.quantize import quantize as quantize
 from lora_jax.quantization.quantized import Quantized as Quantized

@@ -1,4 +1,4 @@
-"""The command line: `lora-jax finetune | generate | merge | inspect`."""
+"""The command line: `lora-jax finetune | plan | generate | merge | inspect`."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lora_jax.commands.finetune import finetune
 from lora_jax.commands.generate import GenerateOptions, generate
 from lora_jax.commands.inspect import InspectOptions, inspect
 from lora_jax.commands.merge import MergeOptions, merge
+from lora_jax.commands.plan import PlanOptions, plan
 from lora_jax.training.folder import RunFolder
 from lora_jax.training.loop import Interrupted
 from lora_jax.training.options import FinetuneOptions
@@ -25,7 +26,7 @@ from lora_jax.training.options import FinetuneOptions
 DEBUG = "LORA_JAX_DEBUG"
 PROGRAM = "lora-jax"
 
-Options: TypeAlias = FinetuneOptions | GenerateOptions | MergeOptions | InspectOptions
+Options: TypeAlias = FinetuneOptions | PlanOptions | GenerateOptions | MergeOptions | InspectOptions
 
 
 def main() -> None:
@@ -55,6 +56,8 @@ def run(arguments: Sequence[str]) -> int:
         match options:
             case FinetuneOptions():
                 finetune(options, console)
+            case PlanOptions():
+                plan(options, console)
             case GenerateOptions():
                 generate(options, console)
             case MergeOptions():
@@ -113,6 +116,7 @@ def _cli(arguments: Sequence[str], finetune_defaults: FinetuneOptions) -> Option
     subcommand = tyro.conf.subcommand
     commands: Any = (
         Annotated[FinetuneOptions, subcommand("finetune", default=finetune_defaults)]
+        | Annotated[PlanOptions, subcommand("plan")]
         | Annotated[GenerateOptions, subcommand("generate")]
         | Annotated[MergeOptions, subcommand("merge")]
         | Annotated[InspectOptions, subcommand("inspect")]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from lora_jax.checkpoint import CheckpointError
 from lora_jax.interop.assets import AssetError
+from lora_jax.planning.chips import CompilerError
 from lora_jax.training.folder import DiskFull, FolderError
 from lora_jax.training.loop import NonFiniteLoss
 from lora_jax.training.records import DataError
@@ -18,7 +19,8 @@ class InputError(Exception):
 
 # Raised for nothing else, so they are the input's fault wherever they come from.
 INPUT_ERRORS = (
-    InputError, AssetError, CheckpointError, DataError, DiskFull, FolderError, NonFiniteLoss,
+    InputError, AssetError, CheckpointError, CompilerError, DataError, DiskFull, FolderError,
+    NonFiniteLoss,
 )  # fmt: skip
 
 

@@ -94,11 +94,7 @@ def read_gguf(
             `quantize`, if a kernel holds a NaN or an infinity.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found. Expected a GGUF file.")
-    reader = _open(path)
-    metadata = {name: field.contents() for name, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    metadata, tensors = _contents(path)
     config = _config(metadata, tensors, path)
     config = dataclasses.replace(config, dtype=dtype, scan_layers=scan_layers, remat=remat)
     expected = slots(config, tensor_name)
@@ -118,6 +114,20 @@ def read_gguf(
     return config, params, tokenizer_from_gguf(metadata, path)
 
 
+def read_gguf_config(path: str | Path) -> DecoderConfig:
+    """Reads what a model in a GGUF file is made of, without its weights.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the architecture is not covered, or the file is damaged.
+    """
+    path = Path(path)
+    return _config(*_contents(path), path)
+
+
 def unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """Puts the rows of q or k back from GGUF's rotary layout into Hugging Face's.
 
@@ -135,6 +145,15 @@ def unpermute(weight: np.ndarray, head_dim: int) -> np.ndarray:
     """
     heads = weight.reshape(-1, head_dim // 2, 2, weight.shape[-1])
     return heads.swapaxes(1, 2).reshape(weight.shape)
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Metadata, and tensors, which are read when they are looked at."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found. Expected a GGUF file.")
+    reader = _open(path)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    return metadata, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _open(path: Path) -> gguf.GGUFReader:

@@ -80,6 +80,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_config(directory: Path) -> tuple[DecoderConfig, str | None]:
+    """Reads what a model is made of, from its `config.json` alone.
+
+    Args:
+        directory: Holds `config.json`.
+
+    Returns:
+        The config; and of a checkpoint that bitsandbytes quantized to 4 bits, the dtype that its
+        weights are formed in, else `None`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the architecture or its quantization is not covered.
+    """
+    where = directory / "config.json"
+    if not where.is_file():
+        raise FileNotFoundError(
+            f"{where}: not found. Expected a folder with config.json and safetensors."
+        )
+    values = read_json(where)
+    formed_in = bitsandbytes.compute_dtype_of(values, where)
+    if formed_in is not None:
+        del values["quantization_config"]
+    return config_from_hf(values, where), formed_in
+
+
 def read_pretrained(
     directory: str | Path,
     *,
@@ -119,15 +145,7 @@ def read_pretrained(
     """
     directory = Path(directory)
     where = directory / "config.json"
-    if not where.is_file():
-        raise FileNotFoundError(
-            f"{where}: not found. Expected a folder with config.json and safetensors."
-        )
-    values = read_json(where)
-    formed_in = bitsandbytes.compute_dtype_of(values, where)
-    if formed_in is not None:
-        del values["quantization_config"]
-    config = config_from_hf(values, where)
+    config, formed_in = read_config(directory)
     files, listing = _weight_files(directory)
     home: dict[str, tuple[Path, Any]] = {}
     for file in files:

@@ -10,8 +10,8 @@ from typing import Any
 from jax.sharding import Mesh
 
 from lora_jax.interop import assets
-from lora_jax.interop.gguf import read_gguf
-from lora_jax.interop.huggingface import read_pretrained
+from lora_jax.interop.gguf import read_gguf, read_gguf_config
+from lora_jax.interop.huggingface import read_config, read_pretrained
 from lora_jax.interop.tokenizer import Tokenizer, read_tokenizer
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.decoder import Params
@@ -83,12 +83,7 @@ def load_pretrained(
         ValueError: If the model is not covered, or a file is damaged; with `quantize`, if a
             kernel holds a NaN or an infinity, or is quantized already.
     """
-    name = str(source)
-    path = Path(source)
-    if not path.exists() and name == SMOLLM2:
-        path = assets.smollm2()
-    elif not path.exists() and path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        path = _from_hub(name)
+    name, path = str(source), _located(source, _HUB_FILES)
     options: Any = {
         "scan_layers": scan_layers,
         "remat": remat,
@@ -99,30 +94,59 @@ def load_pretrained(
     if path.is_dir():
         tokenizer = read_tokenizer(path)
         config, params = read_pretrained(path, dtype=dtype, **options)
-    elif path.is_file() and path.suffix == ".gguf":
+    else:
         config, params, tokenizer = read_gguf(path, dtype=dtype or "float32", **options)
-    elif path.is_file():
+    return Pretrained(config=config, params=params, tokenizer=tokenizer, name=name)
+
+
+def load_config(source: str | Path) -> DecoderConfig:
+    """Reads what a model is made of, without its weights; of the hub, only `config.json`.
+
+    Args:
+        source: As of `load_pretrained`.
+
+    Returns:
+        The config, in float32 and with unrolled layers.
+
+    Raises:
+        FileNotFoundError: If the source is none of these, or a file is missing.
+        ConnectionError: If the hub cannot be reached, or does not have the model.
+        ValueError: If the model is not covered, or a file is damaged.
+    """
+    path = _located(source, ("config.json",))
+    return read_config(path)[0] if path.is_dir() else read_gguf_config(path)
+
+
+def _located(source: str | Path, hub_files: tuple[str, ...]) -> Path:
+    """The folder or the GGUF file that a source means; fetched if it is elsewhere."""
+    name, path = str(source), Path(source)
+    if not path.exists() and name == SMOLLM2:
+        path = assets.smollm2()
+    elif not path.exists() and path.suffix != ".gguf" and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        path = _from_hub(name, hub_files)
+    if path.is_file() and path.suffix != ".gguf":
         raise ValueError(
             f"{path}: expected a .gguf file or a folder with config.json and safetensors, got a "
             "file of another kind. Pass the folder that it lies in."
         )
-    else:
+    if not path.exists():
         raise FileNotFoundError(
             f"{name}: no such file or folder. Expected a folder in Hugging Face's layout, a "
             f".gguf file, a hub id such as org/name, or {SMOLLM2!r}."
         )
-    return Pretrained(config=config, params=params, tokenizer=tokenizer, name=name)
+    return path
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, files: tuple[str, ...]) -> Path:
     # Slow to import, and only needed here.
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises many kinds, by the transport
         raise ConnectionError(
             f"{name}: no such folder here, and the Hugging Face hub did not give it "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
-            "Check the name and the network, or pass a folder or a .gguf file."
+            "Check the name and the network; or download it where there is one (hf download "
+            f"{name} --local-dir FOLDER), and pass the folder, or a .gguf file."
         ) from error

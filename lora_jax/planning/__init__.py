@@ -1,0 +1,1 @@
+"""What fine-tuning takes, before anything is loaded or rented."""
