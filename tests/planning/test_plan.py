@@ -247,6 +247,8 @@ def test_another_error_of_the_compiler_says_what_was_asked():
         ("llama-3.1-8b", "lora", {"data": 16, "fsdp": 64}, 1024, 3.089),
         ("llama-3.1-8b", "full", {"fsdp": 8}, 8, 11.025),
         ("llama-3.1-8b", "full", {"fsdp": 8}, 32, 15.28),
+        ("llama-3.1-70b", "lora", {"fsdp": 16}, 16, 15.497),
+        ("llama-3.1-70b", "full", {"fsdp": 8}, 8, 73.11),
         ("llama-3.1-70b", "lora", {"fsdp": 8}, 64, 59.069),
         ("llama-3.1-405b", "lora", {"fsdp": 64}, 64, 36.708),
     ],
