@@ -107,14 +107,15 @@ def nearest(scaled: Float[Array, "..."], codes: tuple[float, ...]) -> UInt8[Arra
 
 
 def lookup(index: UInt8[Array, "..."], values: tuple[Any, ...], dtype: Any) -> Array:
-    """`values[index]` for 16 values: a tree of selects on the index's bits, or on a CPU a table.
+    """`values[index]` for 2^n values: a tree of selects on the index's bits, or on a CPU a table.
 
-    A gather of single elements is slow on a TPU, which has no instruction for it, and it is not
-    fused into the product that wants the result: compiled for TPU v5e, a table of 16 makes
-    12 times and a table of 256 pairs 280 times the memory traffic of the selects, which the
-    product takes in without any temporary. A CPU reads a table faster than it selects; and inside
-    of a loop XLA would keep 16 constants of the weight's size for the selects. Arithmetic (a
-    polynomial in the bits) costs more operations than the 15 selects and is not exact.
+    A gather of single elements is slow on a TPU, which has no instruction for it. Compiled for TPU
+    v5e, forming a weight by a table of 16 makes up to 1.6 times the memory traffic of selects, its
+    scales by a table of 256 makes 8 times, and a table of 256 pairs of codes 270 times; the selects
+    go into the product that wants the result without any temporary. A CPU reads a table no slower
+    than it selects; and inside of a loop XLA would keep 16 constants of the weight's size for the
+    selects. Arithmetic (a polynomial in the bits) costs more operations than the 15 selects and is
+    not exact.
     Measured by `benchmarks/dequantization.py`.
     """
 

@@ -172,8 +172,9 @@ FLAGS = {
         "model dtype unroll remat quantize data held-out rows row-length rank alpha targets "
         "exclude dropout rank-stabilized learning-rate schedule warmup weight-decay clip "
         "accumulate paged steps epochs evaluations seed out resume overwrite "
-        "save-every keep resume-from"
+        "save-every keep resume-from mesh coordinator num-hosts host-id"
     ),
+    "plan": "model method rank alpha targets mesh batch-size seq-len dtype topology json",
     "generate": "prompt model adapter form system max-new-tokens temperature seed dtype",
     "merge": "adapter out model",
     "inspect": "adapter",
@@ -196,7 +197,8 @@ def test_help_explains_every_option(command, capsys):
 def test_help_lists_the_commands(capsys):
     assert run(["--help"]) == 0
     said = capsys.readouterr().out
-    assert all(command in said for command in ("finetune", "generate", "merge", "inspect"))
+    assert all(command in said for command in ("finetune", "plan", "generate", "merge"))
+    assert "inspect" in said
 
 
 def test_no_argument_is_the_main_job():
