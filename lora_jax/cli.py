@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -71,7 +72,9 @@ def run(arguments: Sequence[str]) -> int:
         return 2
     except Interrupted as stop:
         assert isinstance(options, FinetuneOptions)
-        again = f"{PROGRAM} finetune --resume --out {options.folder()}"
+        again = f"{PROGRAM} finetune --resume --out {shlex.quote(str(options.folder()))}"
+        if options.devices.coordinator is not None:
+            again += " on every host, with --coordinator and what belongs to it as before"
         errors.print(f"\nStopped after step {stop.step}. The adapter is saved. Go on with: {again}")
         return 0 if stop.signal == signal.SIGTERM else 130
     except SystemExit as stop:  # --help, or arguments that make no sense: tyro has said so.

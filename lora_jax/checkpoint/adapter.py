@@ -46,7 +46,7 @@ def save(
     Raises:
       FileExistsError: the folder exists and `overwrite` is not set.
     """
-    path = Path(directory).absolute()
+    path = layout.local(directory)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists. Choose another folder, or pass overwrite=True.")
     about = layout.describe(adapter, config, fingerprint(params))
@@ -74,7 +74,7 @@ def restore(
       CheckpointError: there is no checkpoint, it is damaged, another version wrote it, or it was
         made for another base; the message says what differs.
     """
-    path = Path(directory).absolute()
+    path = layout.local(directory)
     about = layout.read_about(path)
     if not allow_other_base and (differs := difference(about["base"], fingerprint(params))):
         raise CheckpointError(
@@ -100,7 +100,7 @@ def read_about(directory: str | os.PathLike[str]) -> dict[str, Any]:
       CheckpointError: the folder is missing, is not such a checkpoint, is damaged, or is of
         another format.
     """
-    return layout.read_about(Path(directory).absolute())
+    return layout.read_about(layout.local(directory))
 
 
 def export(directory: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
@@ -113,8 +113,8 @@ def export(directory: str | os.PathLike[str], target: str | os.PathLike[str]) ->
     Raises:
       OSError: it cannot be copied.
     """
-    source = Path(directory).absolute()
-    with replacing(Path(target).absolute()) as new:
+    source = layout.local(directory)
+    with replacing(layout.local(target)) as new:
         if jax.process_index() == 0:
             others = lambda folder, _: {layout.STATE} if Path(folder) == source else set()  # noqa: E731
             shutil.copytree(source, new, ignore=others)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,21 @@ class UnreadableError(CheckpointError):
     def __init__(self, message: str, *, earlier: int | None = None):
         super().__init__(message)
         self.earlier = earlier
+
+
+def local(directory: str | os.PathLike[str]) -> Path:
+    """A folder of a file system, as an absolute path.
+
+    Raises:
+      ValueError: it is an address: as a path it would name a folder on this machine alone.
+    """
+    text = os.fspath(directory)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise ValueError(
+            f"{text}: expected a folder of a file system, got an address. Mount the bucket (for "
+            "instance with gcsfuse), and name the folder that it is mounted at."
+        )
+    return Path(text).absolute()
 
 
 def describe(
@@ -84,9 +101,12 @@ def contents(
       state: name -> array; none for an adapter alone.
     """
     items: dict[str, Any] = {ABOUT: ocp.args.JsonSave({**about, "sha256": _digest(about)})}
-    for name, arrays in ((ADAPTER, adapter_arrays(adapter)), (STATE, state)):
+    both = {ADAPTER: adapter_arrays(adapter), STATE: state}
+    places = [x.sharding for x in jax.tree.leaves(both) if isinstance(x, jax.Array)]
+    mesh = next((place.mesh for place in places if isinstance(place, NamedSharding)), None)
+    for name, arrays in both.items():
         if arrays:
-            copies = _copied(arrays)
+            copies = _copied(arrays, mesh)
             saved = {"arrays": copies, "checksums": checksums(copies)}
             items[name] = ocp.args.StandardSave(saved)
     return ocp.args.Composite(**items)
@@ -209,14 +229,13 @@ def abstract(kind: Mapping[str, Any]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(kind["shape"]), np.dtype(kind["dtype"]))
 
 
-def _copied(arrays: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """Copies where the arrays are; on the mesh of the others, those that are on none."""
+def _copied(arrays: Mapping[str, Any], mesh: Any) -> dict[str, jax.Array]:
+    """Copies where the arrays are; on the mesh of the others, if any, those that are on none."""
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     placed = {name: array.sharding for name, array in arrays.items()}
-    meshes = [s.mesh for s in placed.values() if isinstance(s, NamedSharding)]
     for name, array in arrays.items():
-        if meshes and not array.committed:
-            placed[name] = NamedSharding(meshes[0], PartitionSpec())
+        if mesh is not None and not array.committed:
+            placed[name] = NamedSharding(mesh, PartitionSpec())
     return jax.device_put(arrays, placed, may_alias=False)
 
 

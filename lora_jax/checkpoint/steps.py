@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -32,7 +33,7 @@ def latest_step(directory: str | os.PathLike[str]) -> int | None:
     Returns:
       Its number, or None if there is none.
     """
-    return max(_steps(Path(directory)), default=None)
+    return max(_steps(layout.local(directory)), default=None)
 
 
 class Checkpoints:
@@ -86,7 +87,7 @@ class Checkpoints:
         """
         if keep < 1:
             raise ValueError(f"Checkpoints: keep: expected at least 1, got {keep}.")
-        self._directory = Path(directory).absolute()
+        self._directory = layout.local(directory)
         _check_ours(self._directory)
         self._config, self._base = config, fingerprint(params)
         self._keep, self._best = keep, best
@@ -104,6 +105,17 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps that are there, ascending."""
         return _steps(self._directory)
+
+    def latest(self) -> int | None:
+        """The last step that is there, as the first of several processes sees it; None for none.
+
+        A folder on the network may look older to the others, and all must do the same.
+        """
+        found = latest_step(self._directory)
+        if jax.process_count() > 1:
+            seen = multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found))
+            found = None if seen < 0 else int(seen)
+        return found
 
     def save(
         self,
@@ -169,7 +181,7 @@ class Checkpoints:
           CheckpointError: it is of another base, or does not fit `like`.
         """
         self.wait()
-        step = latest_step(self._directory) if step is None else step
+        step = self.latest() if step is None else step
         if step is None:
             raise UnreadableError(
                 f"{self._directory} holds no checkpoint: the run was stopped before its first save."
@@ -211,7 +223,8 @@ class Checkpoints:
         """
         try:
             self.wait()
-            self._prune()
+            if self._opened:  # Or it was only read.
+                self._prune()
         finally:
             self._remover.shutdown()
             with contextlib.suppress(Exception):  # Said above.
@@ -246,6 +259,8 @@ class Checkpoints:
 
     def _prune(self) -> None:
         """Removes all but the last steps and the best."""
+        if jax.process_index() != 0:
+            return
         steps = self.steps()
         kept = set(steps[-self._keep :])
         values = {step: self._metric(step) for step in steps}

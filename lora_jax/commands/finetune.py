@@ -72,7 +72,7 @@ def _finetune(
         loop.interruptible() as told,
         Saves(folder, run.config, model.params, keep=options.keep) as saves,
     ):
-        stop = hosts.agreeing(told)
+        stop = hosts.agreeing(told, mesh)
         state, place = run.state, None
         if options.resume:
             state, place = _restore(saves, run)
@@ -97,7 +97,7 @@ def _restore(saves: Saves, run: Run) -> tuple[TrainState, dict[str, Any] | None]
     folder, at = run.folder, run.options.resume_from
     state, place = run.state, None
     again = f"lora-jax finetune --resume --out {folder.path}"
-    if at is not None or checkpoint.latest_step(folder.checkpoints) is not None:
+    if at is not None or saves.latest() is not None:
         try:
             step, state, saved = saves.restore(run.state, at)
         except checkpoint.UnreadableError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,8 @@ def plan(options: PlanOptions, console: Console) -> None:
     console.print(_table(made))
     for line in made.verdicts():
         console.print(escape(line))
+    if options.method != "full":
+        console.print(f"Planned is: {escape(_command(options, arguments))}")
     if changes is not None:
         text = " Or ".join(changes) or "no smaller batch, other method or larger fsdp is enough."
         console.print(f"To fit {chip}: {escape(text)}")
@@ -118,6 +121,16 @@ def _arguments(options: PlanOptions) -> dict[str, Any]:
         "dtype": options.dtype,
         "topology": options.topology,
     }
+
+
+def _command(options: PlanOptions, arguments: dict[str, Any]) -> str:
+    """The run that was planned."""
+    quantize = " --quantize nf4" if options.method == "qlora" else ""
+    return (
+        f"lora-jax finetune --model {shlex.quote(options.model)} --dtype {options.dtype} --remat"
+        f"{quantize} --rank {arguments['config'].rank} --rows {options.batch_size} --row-length "
+        f"{options.seq_len} --mesh {options.mesh}"
+    )
 
 
 def _table(made: Plan) -> Table:

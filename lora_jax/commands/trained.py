@@ -45,7 +45,7 @@ class Trained:
 
     def format(self, source: str) -> Format | None:
         """In which its base is to be quantized; None if it is not, or is in 4 bits in its files."""
-        stored = next(iter(self.about["base"].get("quantized", {}).values()), None)
+        stored = next(iter(self.about["base"]["quantized"].values()), None)
         config = Path(source) / "config.json"
         if stored is None or (config.is_file() and "quantization_config" in read_json(config)):
             return None

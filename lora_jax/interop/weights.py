@@ -166,7 +166,8 @@ def build_params(
 
     Returns:
         Params with the structure, shapes and dtypes of the plan. Besides them one tensor is in
-        memory: in its file's dtype or in float32, and what is made of it.
+        memory: in its file's dtype or in float32, and what is made of it; on a mesh, one parameter
+        of all layers, too.
 
     Raises:
         ValueError: If a tensor to be quantized holds a NaN or an infinity, or a parameter cannot be
@@ -198,7 +199,9 @@ def build_params(
         if places is None:
             arrays = [on_one_device(array) for array in arrays]
         else:
-            arrays = [place(array, next(places)) for array in arrays]
+            # On a CPU JAX would take over what may be a view of the file.
+            stacked = on_one_device is not _owned
+            arrays = [place(a if stacked else np.array(a), next(places)) for a in arrays]
         built.append(jax.tree.unflatten(jax.tree.structure(leaf), arrays))
     return structure.unflatten(built)
 

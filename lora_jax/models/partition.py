@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from lora_jax.models.config import DecoderConfig
 
-AXES = ("data", "fsdp", "tensor")
+DECODER_AXES = ("data", "fsdp", "tensor")
 """Mesh axes over which anything of the decoder is split."""
 
 ROWS = ("data", "fsdp")

@@ -14,7 +14,7 @@ from lora_jax.adapters.lora import parameter_count
 from lora_jax.config import LoraConfig
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.known import GptShapes, known
-from lora_jax.models.partition import AXES, ROWS
+from lora_jax.models.partition import DECODER_AXES, ROWS
 from lora_jax.planning.chips import GIB, HBM, parse_topology, tpu_mesh
 from lora_jax.planning.flops import Flops, flops_per_token
 from lora_jax.planning.memory import Memory, memory
@@ -105,6 +105,8 @@ class Plan:
     def verdicts(self) -> list[str]:
         """Whether it fits, and by how much; a line for each kind of chip."""
         by = "by arithmetic" if self.compiled is None else "says its compiler"
+        if self.memory.activations is None:
+            by += ", activations not counted"
         return [
             f"{chip}: {'fits' if spare >= 0 else 'does not fit'}, {by}, "
             f"{gib(abs(spare))} {'to spare' if spare >= 0 else 'too much'}"
@@ -248,10 +250,10 @@ def _check(
 ) -> None:
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}.")
-    if unknown := [name for name in mesh if name not in AXES]:
+    if unknown := [name for name in mesh if name not in DECODER_AXES]:
         raise ValueError(
-            f"mesh: expected axes named {', '.join(AXES)}, got {unknown[0]!r}: no weight of "
-            "the model is split over it."
+            f"mesh: expected axes named {', '.join(DECODER_AXES)}, got {unknown[0]!r}: no weight "
+            "of the model is split over it."
         )
     for name, value in (*mesh.items(), ("batch_size", batch_size), ("seq_len", seq_len)):
         if not isinstance(value, int) or value < 1:

@@ -108,6 +108,11 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
         self.describe(about)
         wait_for_all(f"begin {self.path}")
+        if not (self.path / RUN).is_file():
+            raise FolderError(
+                f"{self.path}: expected a folder that all hosts see, but what the first wrote is "
+                "not here. Choose one on storage that they share (--out)."
+            )
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Writes `run.json`.

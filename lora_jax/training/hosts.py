@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Stop = Callable[[], signal.Signals | None]
 
@@ -79,7 +79,7 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def agreeing(stop: Stop) -> Stop:
+def agreeing(stop: Stop, mesh: Mesh | None) -> Stop:
     """A function that says in every process what `stop` said in any of them, one call later.
 
     So that all stop after the same step, whichever of them was told to. The flags are compared on
@@ -88,12 +88,13 @@ def agreeing(stop: Stop) -> Stop:
 
     Args:
         stop: Which signal came to this process, or `None`.
+        mesh: Of the run. Another one might have the devices in another order, which JAX refuses.
     """
-    if jax.process_count() == 1:
+    if jax.process_count() == 1 or mesh is None:
         return stop
-    count = jax.device_count()
-    mesh = jax.make_mesh((count,), ("device",), axis_types=(AxisType.Auto,))
-    each, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["device"], []))
+    count = mesh.devices.size
+    each = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    everywhere = NamedSharding(mesh, PartitionSpec())
     highest = jax.jit(jnp.max, out_shardings=everywhere)
     asked: list[jax.Array] = []
 

@@ -10,7 +10,7 @@ import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.models.partition import AXES, ROWS
+from lora_jax.models.partition import DECODER_AXES, ROWS
 from lora_jax.sharding import adapter_shardings, optimizer_shardings, place
 from lora_jax.training.step import TrainState, init_state
 
@@ -19,7 +19,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Names and sizes of the mesh's axes.
 
     Args:
-        text: Such as `data=2,fsdp=4`; names are those of `models.partition.AXES`.
+        text: Such as `data=2,fsdp=4`; names are those of `models.partition.DECODER_AXES`.
 
     Returns:
         Name -> size, in the order given.
@@ -34,10 +34,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (piece.strip() for piece in part.partition("="))
-        if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+        if name not in DECODER_AXES or name in sizes or not size.isdecimal() or int(size) < 1:
             raise ValueError(
-                f"mesh: expected axes of {', '.join(AXES)}, each once and with a size of at least "
-                f"1, such as data=2,fsdp=4; got {part.strip()!r} in {text!r}."
+                f"mesh: expected axes of {', '.join(DECODER_AXES)}, each once and with a size of "
+                f"at least 1, such as data=2,fsdp=4; got {part.strip()!r} in {text!r}."
             )
         sizes[name] = int(size)
     return sizes
@@ -50,18 +50,24 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
         sizes: Name -> size, as from `parse_mesh`.
 
     Raises:
-        ValueError: The sizes do not multiply to the number of devices.
+        ValueError: The sizes do not multiply to the number of devices, or the mesh cannot be laid
+            on the grid in which they are connected.
     """
     wanted, found = math.prod(sizes.values()), jax.device_count()
+    spelled = ",".join(f"{name}={size}" for name, size in sizes.items())
     if wanted != found:
-        spelled = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"mesh: {spelled} is for {wanted} devices, expected one for all {found} "
             f"({jax.process_count()} hosts with {jax.local_device_count()} each). Change a size."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    kinds = (AxisType.Auto,) * len(sizes)
+    try:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"mesh: {spelled} cannot be laid on these {found} devices: expected each size to be a "
+            "product of whole sides of the grid in which they are connected."
+        ) from error
 
 
 def check_rows(rows: int, mesh: Mesh) -> None:

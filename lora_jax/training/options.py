@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import optax
 
+from lora_jax.checkpoint.layout import local
 from lora_jax.config import LoraConfig
 from lora_jax.interop.pretrained import SMOLLM2
 from lora_jax.offloading import offload
@@ -221,6 +222,8 @@ class FinetuneOptions:
     def check(self) -> None:
         """Raises ValueError, with the option's name, where a value is out of range."""
         self.optimizer.check()
+        if self.out is not None:
+            local(self.out)
         if self.devices.mesh is not None:
             parse_mesh(self.devices.mesh)
         held_out = self.data.held_out

@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+
 from lora_jax import checkpoint
 from lora_jax.config import LoraConfig
 from lora_jax.training.evaluation import Evaluation
 from lora_jax.training.folder import RunFolder
+from lora_jax.training.loop import Interrupted, NonFiniteLoss
 from lora_jax.training.step import TrainState
 
 
@@ -44,10 +47,13 @@ class Saves:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        planned = kind is None or issubclass(kind, (Interrupted, NonFiniteLoss))
+        if jax.process_count() > 1 and not planned:
+            return  # The other hosts know nothing of it: waiting for them would never end.
         with self._room():
             self._checkpoints.close()
-        last = checkpoint.latest_step(self._folder.checkpoints)
-        if last is not None and (self._saved or kind is None):
+        last = self.latest()
+        if last is not None and (self._saved or planned):
             with self._folder.room("adapter/"):
                 checkpoint.export(self._folder.checkpoints / str(last), self._folder.adapter)
 
@@ -102,6 +108,10 @@ class Saves:
         found = self._checkpoints.restore((like.adapter, _rest(like)), step)
         self._step, adapter, rest, place = found
         return self._step, dataclasses.replace(like, adapter=adapter, **rest), place
+
+    def latest(self) -> int | None:
+        """The last step that was saved; `None` if there is none."""
+        return self._checkpoints.latest()
 
     def forget_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, which a run that goes on from it does again."""

@@ -1,13 +1,16 @@
 """`lora-jax plan`: the table, JSON, and what cannot be planned."""
 
 import json
+import re
+import shlex
 
 import jax
 import pytest
 
 import lora_jax as lora
-from lora_jax.cli import run
+from lora_jax.cli import parse, run
 from lora_jax.interop.pretrained import load_pretrained
+from lora_jax.training.options import ModelOptions
 
 
 def said(arguments, capsys):
@@ -68,3 +71,16 @@ def test_what_cannot_be_planned(given, message, capsys):
     error = capsys.readouterr().err
     assert "Traceback" not in error
     assert message in " ".join(error.split())
+
+
+def test_the_run_that_was_planned_is_printed(capsys):
+    asked = ["--method", "qlora", "--mesh", "fsdp=4", "--batch-size", "8", "--seq-len", "512"]
+    assert run(["plan", "--model", "llama-3.1-8b", *asked]) == 0
+    said = capsys.readouterr().out
+    command = shlex.split(re.search(r"Planned is: lora-jax (.*)", said)[1])
+    planned = parse(command)
+    assert planned.model == ModelOptions(
+        "llama-3.1-8b", dtype="bfloat16", remat=True, quantize="nf4"
+    )
+    assert (planned.lora.rank, planned.data.rows, planned.data.row_length) == (64, 8, 512)
+    assert planned.devices.mesh == "fsdp=4"

@@ -126,6 +126,32 @@ def test_the_last_and_the_best_are_kept(tmp_path, keep, best, kept):
         opened(tmp_path, keep=0)
 
 
+def test_reading_removes_nothing(saved, tmp_path):
+    """Not even what this many to keep would leave out."""
+    with opened(saved, keep=9, best="loss") as checkpoints:
+        for step in (5, 6, 7):
+            checkpoints.save(step, *start(step), metrics={"loss": step})
+    before = snapshot(saved)
+    with opened(saved, keep=1) as checkpoints:
+        checkpoints.restore(start(7))
+    assert snapshot(saved) == before
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3:/bucket/run"])
+def test_addresses_are_refused_before_anything_is_written(address, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    adapter, _ = start()
+    for use in (
+        lambda: lora.Checkpoints(address, CONFIG, PARAMS),
+        lambda: lora.save(address, adapter, CONFIG, PARAMS),
+        lambda: lora.restore(address, PARAMS),
+        lambda: lora.latest_step(address),
+    ):
+        with pytest.raises(ValueError, match=r"expected a folder of a file system, got an address"):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
 def shardings(mesh):
     """A base split over both axes of a mesh, and what follows it."""
     rules = {"*/kernel": P("fsdp", "tensor"), "*": P("tensor")}
@@ -202,7 +228,7 @@ def test_state_in_host_memory_comes_back_there(tmp_path):
         kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state["opt_state"][0].mu)}
         assert kinds == {"pinned_host"}
         # What was saved in the one memory goes on in the other.
-        assert_same(checkpoints.restore(start())[2], start(4)[1])
+        assert_same(checkpoints.restore(start(7))[2], start(4)[1])
 
 
 def full_at(step):
@@ -227,7 +253,7 @@ def test_a_save_that_fails_in_the_background_is_raised_at_the_next(tmp_path, mon
         with pytest.raises(OSError, match="No space left on device"):
             checkpoints.save(3, *start(3))
         assert [path.name for path in tmp_path.iterdir()] == ["1"]  # and the disk has room again
-        assert_same(checkpoints.restore(start())[1], start(1)[0])
+        assert_same(checkpoints.restore(start(7))[1], start(1)[0])
         checkpoints.save(3, *start(3))
     assert [path.name for path in tmp_path.iterdir()] == ["3"]
     assert set(threading.enumerate()) == threads
@@ -257,7 +283,7 @@ def test_what_a_killed_process_left_is_passed_over_and_then_removed(saved):
     (half / "adapter.orbax-checkpoint-tmp").mkdir(parents=True)
     assert lora.latest_step(saved) == 20
     with opened(saved) as checkpoints:
-        assert checkpoints.restore(start())[0] == 20
+        assert checkpoints.restore(start(7))[0] == 20
         assert half.exists()
         checkpoints.save(30, *start(30))
     assert sorted(path.name for path in saved.iterdir()) == ["20", "30"]
@@ -268,7 +294,7 @@ def test_going_on_from_an_earlier_step_removes_the_later(saved):
         checkpoints.forget_after(10)
         assert checkpoints.steps() == [10]
         checkpoints.save(20, *start(21))
-        assert_same(checkpoints.restore(start())[1], start(21)[0])
+        assert_same(checkpoints.restore(start(7))[1], start(21)[0])
 
 
 def missing(folder):
@@ -319,7 +345,7 @@ def test_a_damaged_step_is_named_and_the_one_before_offered(saved, damage, messa
     before = snapshot(saved)
     with opened(saved) as checkpoints:
         with pytest.raises(UnreadableError, match=message) as caught:
-            checkpoints.restore(start())
+            checkpoints.restore(start(7))
         assert "whole is step 10" in str(caught.value)
         assert caught.value.earlier == 10
         assert_same(checkpoints.restore(start(), 10)[1], start(10)[0])
@@ -331,7 +357,7 @@ def test_where_no_step_is_whole_none_is_offered(saved):
     flipped(saved / "10")
     with opened(saved) as checkpoints:
         with pytest.raises(UnreadableError, match="none before it that is whole") as caught:
-            checkpoints.restore(start())
+            checkpoints.restore(start(7))
         assert caught.value.earlier is None
         with pytest.raises(UnreadableError, match="15 does not exist"):
             checkpoints.restore(start(), 15)
@@ -341,7 +367,7 @@ def test_where_nothing_was_saved_that_is_said(tmp_path):
     assert lora.latest_step(tmp_path / "nothing") is None
     stopped = pytest.raises(UnreadableError, match="stopped before its first save")
     with opened(tmp_path / "nothing") as checkpoints, stopped:
-        checkpoints.restore(start())
+        checkpoints.restore(start(7))
     assert not (tmp_path / "nothing").exists()
 
 
@@ -357,14 +383,14 @@ with opened(folder) as checkpoints:
             for place in {0, len(data) // 2, len(data) - 1} if data else ():
                 file.write_bytes(data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :])
                 try:
-                    assert_same(checkpoints.restore(start())[1:3], want)
+                    assert_same(checkpoints.restore(start(7))[1:3], want)
                 except UnreadableError as error:
                     assert str(folder / "20") in str(error)
                     assert error.earlier == 10
                     found += 1
             file.unlink()
             try:
-                assert_same(checkpoints.restore(start())[1:3], want)
+                assert_same(checkpoints.restore(start(7))[1:3], want)
             except UnreadableError as error:
                 found += 1
             file.write_bytes(data)
@@ -399,7 +425,7 @@ def test_another_base_another_adapter_and_another_optimizer_are_refused(saved):
     other = {"layer": {**PARAMS["layer"], "bias": normal("b", 8) + 1}}
     another = pytest.raises(CheckpointError, match=r"made on another base\..*values differ")
     with lora.Checkpoints(saved, CONFIG, other) as checkpoints, another:
-        checkpoints.restore(start())
+        checkpoints.restore(start(7))
     adapter, state = start()
     wider = jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 2 * x.shape[-1])), adapter)
     with opened(saved) as checkpoints:
