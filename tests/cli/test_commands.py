@@ -174,7 +174,7 @@ FLAGS = {
         "accumulate paged steps epochs evaluations seed out resume overwrite "
         "save-every keep resume-from mesh coordinator num-hosts host-id"
     ),
-    "plan": "model method rank alpha targets mesh batch-size seq-len dtype topology json",
+    "plan": "model method rank targets mesh batch-size seq-len dtype topology json",
     "generate": "prompt model adapter form system max-new-tokens temperature seed dtype",
     "merge": "adapter out model",
     "inspect": "adapter",

@@ -52,7 +52,7 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_it_never_was(options, mod
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     environment = {
         **os.environ,
-        "JAX_NUM_CPU_DEVICES": "4",  # as in this process
+        "JAX_NUM_CPU_DEVICES": "8",  # as in this process
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
