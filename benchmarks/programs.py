@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lora
+from lora_jax.planning.chips import parse_topology, tpu_mesh
 
 LAYERS, WIDTH, RANK, BATCH = 8, 1024, 16, 256
 QUANTIZED_WIDTH = 2048
@@ -216,14 +214,7 @@ def tpu_v5e() -> NamedSharding | None:
     """All on one chip of a TPU v5e, to compile for without having one; None without libtpu."""
     if importlib.util.find_spec("libtpu") is None:
         return None
-    # What a TPU machine would tell libtpu. It reads them when it is loaded, which is below.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-    # It never touches a chip, so several processes may load it.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    chip = topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1]
-    return NamedSharding(Mesh(np.array(chip), ("chip",)), PartitionSpec())
+    return NamedSharding(tpu_mesh(parse_topology("v5e:1x1"), {"chip": 1}), PartitionSpec())
 
 
 WITHOUT_LIBTPU = "not compiled for TPU v5e: no libtpu; pip install 'lora_jax[tpu-aot]'"

@@ -190,7 +190,7 @@ def _fitting(path: str, leaf: Any, spec: PartitionSpec, mesh: Mesh | AbstractMes
         )
     entries = []
     for axis, entry in enumerate(spec):
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        names = _names(entry)
         for name in names:
             if name not in mesh.axis_names and name not in AXES:
                 raise ValueError(
@@ -206,7 +206,7 @@ def _check_divides(
     what: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh | AbstractMesh
 ) -> None:
     for axis, entry in enumerate(spec):
-        names = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        names = _names(entry)
         parts = math.prod(mesh.shape[name] for name in names)
         if shape[axis] % parts:
             sizes = " x ".join(f"{name}={mesh.shape[name]}" for name in names)
@@ -215,6 +215,11 @@ def _check_divides(
                 f"expected a multiple of {parts}, got {shape[axis]}. Make that mesh axis another "
                 "size, or give the weight a rule that does not split it there."
             )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a `PartitionSpec` names."""
+    return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
 def _following(path: str, base: Any, update: Update) -> Any:

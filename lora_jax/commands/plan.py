@@ -23,9 +23,7 @@ from lora_jax.planning.plan import Plan
 from lora_jax.planning.plan import plan as make_plan
 from lora_jax.planning.state import Method
 from lora_jax.training.mesh import parse_mesh
-from lora_jax.training.options import LoraOptions
-
-QLORA_RANK = 64
+from lora_jax.training.options import FinetuneOptions, LoraOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,8 @@ def _arguments(options: PlanOptions) -> dict[str, Any]:
             raise InputError(f"{error} Known by name are {names}.") from error
     rank = options.rank
     if rank is None:
-        rank = QLORA_RANK if options.method == "qlora" else LoraOptions().rank
+        run = FinetuneOptions.qlora() if options.method == "qlora" else FinetuneOptions()
+        rank = run.lora.rank
     tied = getattr(model, "tied_head", True)
     return {
         "model": model,

@@ -185,23 +185,24 @@ def build_params(
     for path, leaf in leaves:
         keys = tuple(path.split("/"))
         load = functools.partial(_load, config, leaf, expected, files, read, scratch)
-        if config.scan_layers and keys[0] == "layers":
+        stacked = config.scan_layers and keys[0] == "layers"
+        if stacked:
             # One layer after the other into the arrays that JAX then takes over.
             arrays = [_buffer(part.shape, part.dtype) for part in jax.tree.leaves(leaf)]
             for index in range(config.num_layers):
                 parts = load(names["layers", str(index), *keys[1:]])
                 for array, part in zip(arrays, parts, strict=True):
                     array[index] = part
-            on_one_device = functools.partial(jax.device_put, may_alias=True)
         else:
             arrays = load(names[keys])
-            on_one_device = _owned
-        if places is None:
-            arrays = [on_one_device(array) for array in arrays]
+        if places is not None:
+            # A copy of what may be a view of the file, which JAX would take over on a CPU.
+            arrays = [place(x if stacked else np.array(x), next(places)) for x in arrays]
+        elif stacked:
+            arrays = [jax.device_put(array, may_alias=True) for array in arrays]
         else:
-            # On a CPU JAX would take over what may be a view of the file.
-            stacked = on_one_device is not _owned
-            arrays = [place(a if stacked else np.array(a), next(places)) for a in arrays]
+            # A copy, never a view of the file.
+            arrays = [x if isinstance(x, jax.Array) else jnp.array(x) for x in arrays]
         built.append(jax.tree.unflatten(jax.tree.structure(leaf), arrays))
     return structure.unflatten(built)
 
@@ -231,11 +232,6 @@ def _load(config, leaf, expected, files, read, scratch: np.ndarray, name: str) -
     except ValueError as error:
         raise ValueError(f"{files[name]}: tensor {name}: {error}") from error
     return jax.tree.leaves(small)
-
-
-def _owned(array: np.ndarray | jax.Array) -> jax.Array:
-    """A copy, never a view of the file."""
-    return array if isinstance(array, jax.Array) else jnp.array(array)
 
 
 def _buffer(shape: tuple[int, ...], dtype: Any) -> np.ndarray:

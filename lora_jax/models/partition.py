@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,6 +29,27 @@ _KERNELS = {
     "*/down_proj/kernel": ("tensor", "fsdp"),
     "*/?_proj/bias": ("tensor",),
 }
+
+
+def row_axes(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """Which axes of a mesh the rows of a batch are split over.
+
+    Args:
+        sizes: Name -> size of the mesh's axes, such as `mesh.shape`.
+    """
+    return tuple(name for name in ROWS if name in sizes)
+
+
+def row_parts(sizes: Mapping[str, int]) -> int:
+    """Into how many parts a mesh splits the rows of a batch.
+
+    Args:
+        sizes: Name -> size of the mesh's axes.
+
+    >>> row_parts({"data": 2, "fsdp": 4, "tensor": 8})
+    8
+    """
+    return math.prod(sizes[name] for name in row_axes(sizes))
 
 
 def partition_rules(config: DecoderConfig) -> dict[str, PartitionSpec]:

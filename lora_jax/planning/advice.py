@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lora_jax.models.partition import ROWS
+from lora_jax.models.partition import row_parts
 from lora_jax.planning.plan import Plan, gib, plan
+from lora_jax.training.mesh import spell_mesh
 
 MOST_CHIPS = 1024
 
@@ -35,7 +36,7 @@ def advice(arguments: dict[str, Any], made: Plan, room: int) -> list[str]:
         return plan(**{**arguments, **changed}).memory.total
 
     found = []
-    parts = math.prod(made.mesh.get(name, 1) for name in ROWS)
+    parts = row_parts(made.mesh)
     rows = made.batch_size // parts
     while rows > 1:
         rows //= 2
@@ -61,10 +62,9 @@ def advice(arguments: dict[str, Any], made: Plan, room: int) -> list[str]:
         except ValueError:  # An axis of a weight that cannot be split so far.
             break
         if needed <= room:
-            spelled = ",".join(f"{name}={size}" for name, size in mesh.items())
             found.append(
-                f"--mesh {spelled} --batch-size {batch_size}, {math.prod(mesh.values())} chips, "
-                f"takes {gib(needed)} on each."
+                f"--mesh {spell_mesh(mesh)} --batch-size {batch_size}, "
+                f"{math.prod(mesh.values())} chips, takes {gib(needed)} on each."
             )
             break
     return found

@@ -12,6 +12,8 @@ from typing import Any
 from jax.experimental import mesh_utils, topologies
 from jax.sharding import AxisType, Mesh
 
+from lora_jax.training.mesh import spell_mesh
+
 GIB = 2**30
 
 # https://docs.cloud.google.com/tpu/docs/v4, and likewise v5e, v5p, v6e.
@@ -92,7 +94,7 @@ def tpu_mesh(topology: Topology, sizes: Mapping[str, int]) -> Mesh:
       ValueError: the sizes do not multiply to the number of chips, there is no such grid of them,
         or the mesh cannot be laid on it.
     """
-    spelled = ",".join(f"{name}={size}" for name, size in sizes.items())
+    spelled = spell_mesh(sizes)
     wanted = math.prod(sizes.values())
     if wanted != topology.chips:
         raise ValueError(

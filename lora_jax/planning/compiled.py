@@ -15,11 +15,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lora_jax.models import decoder
 from lora_jax.models.config import DecoderConfig
-from lora_jax.models.partition import ROWS
+from lora_jax.models.partition import row_axes
 from lora_jax.planning.chips import CompilerError
 from lora_jax.planning.program import Traffic, read_program
 from lora_jax.planning.state import State
 from lora_jax.training.batching import Batch
+from lora_jax.training.mesh import spell_mesh
 from lora_jax.training.objective import next_token_loss
 from lora_jax.training.step import LossFn, TrainState, make_step
 from lora_jax.transform.lift import lift
@@ -111,7 +112,7 @@ def training_step(
             shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes))
         )
 
-    rows = tuple(name for name in ROWS if name in mesh.axis_names)
+    rows = row_axes(mesh.shape)
     integers = array((batch_size, seq_len), jnp.int32, rows)
     weights = array((batch_size, seq_len), jnp.float32, rows)
     batch = Batch(
@@ -138,7 +139,7 @@ def from_error(error: Exception, mesh: Mesh) -> Compiled:
     text = str(error)
     found = _TOO_LARGE.search(text)
     if not text.startswith("RESOURCE_EXHAUSTED") or found is None:
-        spelled = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+        spelled = spell_mesh(mesh.shape)
         raise CompilerError(
             f"XLA:TPU did not compile the step for {mesh.devices.size} x "
             f"{mesh.devices.flat[0].device_kind} as {spelled}: {text}"

@@ -32,14 +32,13 @@ integers, and adapters cast to w bytes.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.known import GptShapes
-from lora_jax.models.partition import ROWS
+from lora_jax.models.partition import row_parts
 from lora_jax.planning.state import State, device_bytes
 
 
@@ -105,7 +104,7 @@ def _activations(
     model: DecoderConfig, mesh: dict[str, int], *, full: bool, batch_size: int, seq_len: int
 ) -> int:
     tensor, width = mesh.get("tensor", 1), np.dtype(model.dtype).itemsize
-    tokens = batch_size * seq_len // math.prod(mesh.get(name, 1) for name in ROWS)
+    tokens = batch_size * seq_len // row_parts(mesh)
     residual = tokens * model.hidden_size * width
     saved, stream = model.num_layers * residual, 8 * residual
     logits = 4 * tokens * model.vocab_size // tensor

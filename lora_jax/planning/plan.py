@@ -14,7 +14,7 @@ from lora_jax.adapters.lora import parameter_count
 from lora_jax.config import LoraConfig
 from lora_jax.models.config import DecoderConfig
 from lora_jax.models.known import GptShapes, known
-from lora_jax.models.partition import DECODER_AXES, ROWS
+from lora_jax.models.partition import DECODER_AXES, row_axes, row_parts
 from lora_jax.planning.chips import GIB, HBM, parse_topology, tpu_mesh
 from lora_jax.planning.flops import Flops, flops_per_token
 from lora_jax.planning.memory import Memory, memory
@@ -258,9 +258,9 @@ def _check(
     for name, value in (*mesh.items(), ("batch_size", batch_size), ("seq_len", seq_len)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}.")
-    parts = math.prod(mesh.get(name, 1) for name in ROWS)
+    parts = row_parts(mesh)
     if batch_size % parts:
-        spelled = " x ".join(f"{name}={mesh[name]}" for name in ROWS if name in mesh)
+        spelled = " x ".join(f"{name}={mesh[name]}" for name in row_axes(mesh))
         raise ValueError(
             f"batch_size: its rows are split over {spelled}: expected a multiple of {parts}, got "
             f"{batch_size}."

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lora_jax.models.partition import DECODER_AXES, ROWS
+from lora_jax.models.partition import DECODER_AXES, row_axes, row_parts
 from lora_jax.sharding import adapter_shardings, optimizer_shardings, place
 from lora_jax.training.step import TrainState, init_state
 
@@ -43,6 +43,19 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
+def spell_mesh(sizes: Mapping[str, int]) -> str:
+    """The inverse of `parse_mesh`.
+
+    Args:
+        sizes: Name -> size.
+
+    Example:
+        >>> spell_mesh({"data": 2, "fsdp": 4})
+        'data=2,fsdp=4'
+    """
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
 def make_mesh(sizes: dict[str, int]) -> Mesh:
     """All devices of all processes as a mesh.
 
@@ -54,7 +67,7 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
             on the grid in which they are connected.
     """
     wanted, found = math.prod(sizes.values()), jax.device_count()
-    spelled = ",".join(f"{name}={size}" for name, size in sizes.items())
+    spelled = spell_mesh(sizes)
     if wanted != found:
         raise ValueError(
             f"mesh: {spelled} is for {wanted} devices, expected one for all {found} "
@@ -80,12 +93,12 @@ def check_rows(rows: int, mesh: Mesh) -> None:
     Raises:
         ValueError: They cannot be split evenly.
     """
-    names = [name for name in ROWS if name in mesh.axis_names]
-    parts = math.prod(mesh.shape[name] for name in names)
+    parts = row_parts(mesh.shape)
     if rows % parts:
+        split = " x ".join(f"{name}={mesh.shape[name]}" for name in row_axes(mesh.shape))
         raise ValueError(
             f"rows: expected a multiple of {parts}, since the mesh splits the rows of a batch over "
-            f"{' x '.join(f'{name}={mesh.shape[name]}' for name in names)}; got {rows}."
+            f"{split}; got {rows}."
         )
 
 
@@ -98,7 +111,7 @@ def spread(batch: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None:
         return batch
-    rows = PartitionSpec(tuple(name for name in ROWS if name in mesh.axis_names))
+    rows = PartitionSpec(row_axes(mesh.shape))
     return jax.tree.map(lambda leaf: place(leaf, NamedSharding(mesh, rows)), batch)
 
 

@@ -24,6 +24,13 @@ def _with_base(view: View, equation: Any, others: list[Any]) -> View:
     return dataclasses.replace(view, base=base, dtype=jnp.dtype(dtype))
 
 
+def _each_factor(view: View, change: Callable[[Factor], Factor]) -> View:
+    terms = tuple(
+        dataclasses.replace(term, a=change(term.a), b=change(term.b)) for term in view.terms
+    )
+    return dataclasses.replace(view, terms=terms)
+
+
 def convert(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     """A cast: factors are cast when they are used, to the dtype that the view has then."""
     if not jnp.issubdtype(equation.params["new_dtype"], jnp.inexact):
@@ -38,8 +45,7 @@ def each_array(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None
     def mark(factor: Factor) -> Factor:
         return factor.now(compat.bind(equation, [factor.array])[0])
 
-    terms = tuple(dataclasses.replace(term, a=mark(term.a), b=mark(term.b)) for term in view.terms)
-    return [dataclasses.replace(_with_base(view, equation, []), terms=terms)]
+    return [_each_factor(_with_base(view, equation, []), mark)]
 
 
 def base_only(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
@@ -142,8 +148,7 @@ def reshard(walk: Walk, equation: Any, values: list[Any]) -> list[Any] | None:
     def lay(factor: Factor) -> Factor:
         return factor.now(jax.sharding.reshard(factor.array, factor_spec(sharding.spec, factor)))
 
-    terms = tuple(dataclasses.replace(term, a=lay(term.a), b=lay(term.b)) for term in view.terms)
-    return [dataclasses.replace(_with_base(view, equation, []), terms=terms)]
+    return [_each_factor(_with_base(view, equation, []), lay)]
 
 
 def constrain(value: Any, sharding: Any, *, base: bool = True) -> Any:
@@ -164,8 +169,7 @@ def constrain(value: Any, sharding: Any, *, base: bool = True) -> Any:
         placed = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
         return factor.now(lax.with_sharding_constraint(factor.array, placed))
 
-    terms = tuple(dataclasses.replace(term, a=hold(term.a), b=hold(term.b)) for term in value.terms)
-    return dataclasses.replace(value, terms=terms)
+    return _each_factor(value, hold)
 
 
 def factor_spec(spec: PartitionSpec, factor: Factor) -> PartitionSpec:
